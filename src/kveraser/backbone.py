@@ -1,0 +1,318 @@
+"""The backbone: a frozen language model and its tokenizer, an optional eraser, and the forward passes over a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kveraser.cache import EditableCache
+from kveraser.eraser import Eraser
+from kveraser.errors import BackboneError, ContextLengthError, EraserError, UnsupportedModelError
+from kveraser.rope import Rotation, detect
+
+DEFAULT_BACKBONE = "smollm2-135m-instruct"
+PREFILL_CHUNK = 512
+
+Progress = Callable[[int, int], None]
+"""Called with tokens done and tokens in all."""
+
+
+class Backbone:
+    """A frozen full-attention decoder with its tokenizer.
+
+    One model in memory serves both roles: it answers as it is, and with its eraser switched on inside `erasing()` it
+    writes steering states. All passes hold one lock, since the switch is state on the modules.
+
+    Args:
+        model: a causal language model of transformers, in eval mode from here on.
+        tokenizer: its fast tokenizer.
+        name: how to call it in messages and files.
+
+    Raises:
+        UnsupportedModelError: a layer type whose cache can't be edited exactly.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
+        self.name = name or model.config.name_or_path or type(model).__name__
+        check_supported(model, self.name)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.eraser: Eraser | None = None
+        self.lock = threading.RLock()
+        self.fingerprint = _fingerprint(model)
+        config = model.config.get_text_config(decoder=True)
+        self.layers: int = config.num_hidden_layers
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = DEFAULT_BACKBONE,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        eraser: str | Path | None = None,
+    ) -> Backbone:
+        """Load a backbone by hub id, folder, or the bundled name `smollm2-135m-instruct`.
+
+        Args:
+            device: default `cuda` where there is one, else `cpu`.
+            dtype: default bfloat16 on CUDA, float32 on CPU.
+            eraser: PEFT LoRA folder or hub id to load with it.
+
+        Raises:
+            BackboneError: not found, or not readable as a causal language model.
+            UnsupportedModelError: its layers can't be edited exactly.
+            EraserError: the eraser can't be loaded or is for another backbone.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        if isinstance(chosen, str):
+            resolved = getattr(torch, chosen, None)
+            if not isinstance(resolved, torch.dtype):
+                raise BackboneError(f"no dtype {chosen!r}: use float32, bfloat16 or float16")
+            chosen = resolved
+        source = str(name)
+        if source == DEFAULT_BACKBONE:
+            from kveraser.bundled import bundled_backbone_folder
+
+            source = str(bundled_backbone_folder())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
+            model = model.to(device)
+        except Exception as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise BackboneError(
+                f"can't load the backbone {name} ({type(error).__name__}: {reason}): "
+                "give a folder or hub id of a causal language model, and check the connection"
+            ) from error
+        backbone = cls(model, tokenizer, str(name))
+        if eraser is not None:
+            backbone.load_eraser(eraser)
+        return backbone
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """How this backbone rotates its keys, measured once.
+
+        Raises:
+            RotationError: it has no rotary positions, or ones that can't be moved.
+        """
+        with self.lock:
+            return detect(self.model, self.layers)
+
+    # The eraser
+
+    def load_eraser(self, source: str | Path) -> Eraser:
+        """Load an eraser, in place of an earlier one.
+
+        Raises:
+            EraserError: see `Eraser.from_pretrained`; an eraser loaded before stays as it was.
+        """
+        with self.lock:
+            self.eraser = Eraser.from_pretrained(source, self.model)
+        return self.eraser
+
+    @contextmanager
+    def erasing(self) -> Iterator[None]:
+        """Inside, this thread's forward passes run with the eraser's adapter on; other threads wait.
+
+        Raises:
+            EraserError: no eraser is loaded.
+        """
+        eraser = self.require_eraser()
+        with self.lock, eraser.active():
+            yield
+
+    def require_eraser(self) -> Eraser:
+        """The loaded eraser.
+
+        Raises:
+            EraserError: none is loaded.
+        """
+        if self.eraser is None:
+            raise EraserError(
+                f"no eraser is loaded for {self.name}: pass eraser=FOLDER (a PEFT LoRA), "
+                "or choose a method that needs none, such as repair(32)"
+            )
+        return self.eraser
+
+    def tokenize(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text` and the `(start, end)` of each in it, in characters.
+
+        Args:
+            special: put the tokenizer's own beginning-of-text marker in front, if it uses one. Never an end marker,
+                which would end a text that goes on.
+        """
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+        if special:
+            whole = list(self.tokenizer(text)["input_ids"])
+            lead = len(whole) - len(tokens)
+            if lead > 0 and whole[lead:] == tokens:
+                tokens, offsets = whole, [(0, 0)] * lead + offsets
+        return tokens, offsets
+
+    # Forward passes
+
+    def new_cache(self, capacity: int = 256) -> EditableCache:
+        """An empty editable cache for this backbone with room for `capacity` slots."""
+        return EditableCache(self.layers, capacity)
+
+    def check_room(self, position: int, tokens: int) -> None:
+        """Raise ContextLengthError when `tokens` from `position` on would leave the backbone's positions."""
+        if self.max_positions is not None and position + tokens > self.max_positions:
+            raise ContextLengthError(
+                f"{tokens} tokens from position {position} end at {position + tokens}, beyond the {self.max_positions} "
+                f"positions of {self.name}: shorten the context or use a backbone with more positions"
+            )
+
+    def extend(self, cache: EditableCache, tokens: Sequence[int], progress: Progress | None = None) -> None:
+        """Append `tokens` to the cache at its next positions, in chunks, without computing logits.
+
+        An exception or Ctrl-C leaves the cache as it was.
+
+        Raises:
+            ContextLengthError: not enough positions; nothing is computed then.
+        """
+        self.check_room(cache.next_position, len(tokens))
+        start = cache.length
+        try:
+            for offset in range(0, len(tokens), PREFILL_CHUNK):
+                chunk = tokens[offset : offset + PREFILL_CHUNK]
+                positions = torch.arange(len(chunk), dtype=torch.float64) + cache.next_position
+                with cache.appending(positions):
+                    self.forward(chunk, cache, positions)
+                if progress is not None:
+                    progress(offset + len(chunk), len(tokens))
+        except BaseException:
+            if cache.length > start:
+                cache.truncate(start)
+            raise
+
+    def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> EditableCache:
+        """A new cache of `tokens` at positions 0, 1, ...: the exact reference that everything is measured against."""
+        cache = self.new_cache(max(len(tokens), 1))
+        self.extend(cache, tokens, progress)
+        return cache
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        cache: Any,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> None:
+        """Run `tokens` at `positions` (`[tokens]`, may be fractional) through the decoder, which fills the cache."""
+        with self.lock, torch.no_grad():
+            self.model.base_model(
+                input_ids=torch.tensor([list(tokens)], device=self.device),
+                position_ids=self.position_ids(positions),
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    def logits(self, cache: EditableCache, tokens: Sequence[int], keep: int = 1) -> torch.Tensor:
+        """Append `tokens` at the cache's next positions and return the logits of the last `keep` of them.
+
+        Returns:
+            float32 `[keep, vocabulary]`.
+
+        Raises:
+            ContextLengthError: not enough positions; nothing is computed then.
+        """
+        self.check_room(cache.next_position, len(tokens))
+        positions = torch.arange(len(tokens), dtype=torch.float64) + cache.next_position
+        kept = {"logits_to_keep": keep} if self._keeps_logits else {}
+        with self.lock, torch.no_grad(), cache.appending(positions):
+            output = self.model(
+                input_ids=torch.tensor([list(tokens)], device=self.device),
+                position_ids=self.position_ids(positions),
+                past_key_values=cache,
+                use_cache=True,
+                **kept,
+            )
+        logits: torch.Tensor = output.logits[0, -keep:].float()
+        return logits
+
+    def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
+        """`positions` (`[tokens]`) as the model takes them, `[1, tokens]`: int64 where whole, else float32."""
+        whole = bool((positions == positions.round()).all())
+        return positions.to(device=self.device, dtype=torch.long if whole else torch.float32).unsqueeze(0)
+
+    def causal_mask(self, slots: torch.Tensor, length: int) -> torch.Tensor:
+        """A mask `[1, 1, len(slots), length]` that lets each scattered slot see the slots up to its own."""
+        visible = torch.arange(length)[None, :] <= slots.cpu()[:, None]
+        implementation = self.model.config._attn_implementation
+        if implementation == "eager":
+            lowest = torch.finfo(self.model.dtype).min
+            visible = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill(~visible, lowest)
+        elif implementation != "sdpa":
+            raise BackboneError(
+                f"{self.name} runs with attention '{implementation}', which takes no scattered mask: "
+                "load it with attn_implementation='sdpa' to use selective"
+            )
+        return visible[None, None].to(self.device)
+
+
+def check_supported(model: Any, name: str) -> None:
+    """Refuse models whose cache can't be edited exactly.
+
+    Raises:
+        UnsupportedModelError: naming the layer type.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(name, "cross_attention", "the context lives in an encoder, not in a KV cache")
+    for layer_type in getattr(config, "layer_types", None) or ():
+        if layer_type != "full_attention":
+            raise UnsupportedModelError(name, layer_type, "their cache does not hold every position of the context")
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            name, "linear_attention", "their state mixes all tokens and can't be edited by span"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise UnsupportedModelError(name, "multi_head_latent_attention", "keys are rebuilt from a compressed state")
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise UnsupportedModelError(name, "implicit_positions", "the model takes no position_ids")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True) and not getattr(config, "layer_types", None):
+        if window < (config.max_position_embeddings or 0):
+            raise UnsupportedModelError(
+                name, "sliding_attention", f"a window of {window} forgets the start of a longer context"
+            )
+        # A window that no position can leave is full attention: said so, the model builds the ordinary mask.
+        config.sliding_window = None
+
+
+def _fingerprint(model: Any) -> str:
+    """SHA-256 over the architecture, the dtype and a sample of every parameter, hex."""
+    volatile = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+    config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(str(model.dtype).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        sample = torch.cat([flat[:16], flat[flat.numel() // 2 :][:16], flat[-16:]]).float().cpu()
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

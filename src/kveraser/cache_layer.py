@@ -1,0 +1,98 @@
+"""One layer of the editable cache: preallocated buffers, written at a cursor or at scattered slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kveraser.errors import CacheError
+
+GROWTH_FACTOR = 1.5
+GROWTH_MULTIPLE = 256
+
+
+class EditableLayer(CacheLayerMixin):
+    """One layer's buffers, `[batch, kv_heads, capacity, head_dim]`, of which the first `length` slots are in use."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self.length = 0
+        self.scattered: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._buffer(key_states, self.capacity)
+        self.values = self._buffer(value_states, self.capacity)
+        self.is_initialized = True
+
+    @staticmethod
+    def _buffer(like: torch.Tensor, capacity: int) -> torch.Tensor:
+        # Tensors born in inference mode can't be written outside it, and a cache outlives the caller's mode.
+        with torch.inference_mode(False):
+            return torch.empty(
+                (like.shape[0], like.shape[1], capacity, like.shape[3]), dtype=like.dtype, device=like.device
+            )
+
+    def reserve(self, slots: int) -> None:
+        """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortised constant time."""
+        if slots <= self.capacity:
+            return
+        wanted = max(slots, int(self.capacity * GROWTH_FACTOR))
+        self.capacity = -(-wanted // GROWTH_MULTIPLE) * GROWTH_MULTIPLE
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            for name, old in (("keys", self.keys), ("values", self.values)):
+                new = self._buffer(old, self.capacity)
+                new[:, :, : self.length] = old[:, :, : self.length]
+                setattr(self, name, new)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new states at the cursor (or at the scattered slots) and return views of all slots in use."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise CacheError(
+                "the editable cache writes in place and can't carry gradients: train on cache.splice(...), "
+                "or wrap the forward pass in torch.no_grad()"
+            )
+        if not self.is_initialized:
+            self.reserve(key_states.shape[-2])
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if self.scattered is not None:
+            self.keys.index_copy_(2, self.scattered, key_states)
+            self.values.index_copy_(2, self.scattered, value_states)
+        else:
+            end = self.length + key_states.shape[-2]
+            self.reserve(end)
+            self.keys[:, :, self.length : end] = key_states
+            self.values[:, :, self.length : end] = value_states
+            self.length = end
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length -= min(abs(tokens_to_remove), self.length)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
+            self.values = self.values.index_select(0, beam_idx.to(self.values.device))

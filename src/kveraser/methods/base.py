@@ -1,0 +1,146 @@
+"""The contract that every erasing method keeps, and the steps that several of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import ceil
+from typing import Any, ClassVar
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.spans import Span
+
+NOT_LIVE = -1
+"""Stands for a slot that holds no token of the text: steering states, blanked values, a method's own words."""
+
+LONG_VALUE = 24
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What an erase left behind: all that anything downstream needs to know of it.
+
+    Attributes:
+        cache: the edited cache; every slot in it is visible, at the position in `cache.positions`.
+        next_position: where the next token goes.
+        slots: for every slot of the edited cache, the slot that held the same live token before, or `NOT_LIVE`.
+        recomputed: tokens that were run through the backbone.
+        exact: the cache equals a fresh prefill of the live tokens. Read off the cache's own ledger, not claimed.
+    """
+
+    cache: EditableCache
+    next_position: int
+    slots: tuple[int, ...]
+    recomputed: int
+    exact: bool
+
+
+class Method(ABC):
+    """One way of erasing: a frozen dataclass whose fields are its parameters.
+
+    Calling it edits the cache in place, inside `with cache.edit():`, so that whatever goes wrong is undone.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    cost: ClassVar[str]
+    source: ClassVar[str]
+    needs_eraser: ClassVar[bool] = False
+    removes_text: ClassVar[bool] = True
+    is_reference: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+        """Erase `span` from `cache`.
+
+        Args:
+            backbone: the model that filled the cache.
+            cache: the cache to edit in place; its edit is open.
+            tokens: the token id in every slot of the cache, `NOT_LIVE` where there is none.
+            span: the slots to erase, all live.
+
+        Raises:
+            KVEraserError: the method can't serve this backbone or cache; the open edit then restores every bit.
+        """
+
+    @abstractmethod
+    def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        """Tokens it will run through the backbone, by which methods are ordered from cheap to dear."""
+
+    def settled(self, backbone: Backbone) -> Method:
+        """The method with open parameters filled in for `backbone`.
+
+        Raises:
+            EraserError: it needs an eraser and none is loaded.
+        """
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """The name and the parameters, as `make_method` reads them; long texts are left out."""
+        shown = [f"{name}={value!r}" for name, value in self.parameters.items() if len(repr(value)) < LONG_VALUE]
+        return f"{self.name}({', '.join(shown)})" if shown else self.name
+
+
+def result(cache: EditableCache, slots: Sequence[int], recomputed: int) -> Erased:
+    """Close an erase: read next position and exactness off the cache."""
+    assert len(slots) == cache.length
+    return Erased(cache, cache.next_position, tuple(slots), recomputed, cache.exact_length == cache.length)
+
+
+def without(length: int, span: Span) -> list[int]:
+    """Slots of a cache of `length` slots that remain when the span's are dropped."""
+    return [*range(span.start), *range(span.end, length)]
+
+
+def silenced(length: int, span: Span) -> list[int]:
+    """Slots of a cache of `length` slots when the span's stay but hold no live token any more."""
+    return [*range(span.start), *[NOT_LIVE] * len(span), *range(span.end, length)]
+
+
+def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: int) -> None:
+    """Move the slots from `start` on so that the first of them comes to `position`; keys are re-rotated, values stay.
+
+    Raises:
+        RotationError: the backbone's positions can't be moved.
+    """
+    rotation = backbone.rotation
+    if start == cache.length:
+        cache.set_next_position(position)
+        return
+    delta = position - ceil(float(cache.positions[start]))
+    keys = [keys for keys, _ in cache.read(start, cache.length)]
+    cache.rotate(start, cache.length, rotation.rotate(keys, delta), delta)
+
+
+def recompute_window(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], start: int, window: int) -> int:
+    """Run the live tokens among the `window` slots from `start` on again, in place, each seeing all that lies before.
+
+    Args:
+        tokens: the token id in every slot of the cache as it is now.
+
+    Returns:
+        Tokens run. Slots without a live token keep their states.
+    """
+    end = min(start + window, cache.length)
+    recomputed = 0
+    while start < end:
+        if tokens[start] == NOT_LIVE:
+            start += 1
+            continue
+        stop = next((slot for slot in range(start, end) if tokens[slot] == NOT_LIVE), end)
+        positions = cache.positions[start:stop]
+        exact = cache.exact_length >= start and positions.tolist() == list(range(start, stop))
+        with cache.overwriting(start, positions):
+            backbone.forward(tokens[start:stop], cache, positions)
+        if exact:
+            cache.mark_exact(stop)
+        recomputed += stop - start
+        start = stop
+    return recomputed

@@ -1,0 +1,37 @@
+"""`blank`: overwrite the span with the states of text that says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.errors import MethodError
+from kveraser.methods.base import Erased, Method, result, silenced
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class Blank(Method):
+    """The span's slots take the backbone's own states of `filler`, repeated to their number, on the same prefix."""
+
+    filler: str = "\n"
+
+    name = "blank"
+    summary = "overwrite the span with the backbone's states of neutral filler"
+    cost = "span tokens"
+    source = "the paper's ablation, arXiv:2606.17034"
+
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+        filler = backbone.tokenizer.encode(self.filler, add_special_tokens=False)
+        if not filler:
+            raise MethodError(f"the filler {self.filler!r} has no tokens: give some neutral text, such as a line break")
+        positions = cache.positions[span.start : span.end]
+        with cache.overwriting(span.start, positions):
+            backbone.forward(list(islice(cycle(filler), len(span))), cache, positions)
+        return result(cache, silenced(cache.length, span), recomputed=len(span))
+
+    def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        return span

@@ -1,0 +1,54 @@
+"""`erratum`: leave the cache as it is and append words that take the span back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.chat import as_turn, has_template
+from kveraser.methods.base import NOT_LIVE, Erased, Method, result, silenced
+from kveraser.spans import Span
+
+QUOTED_WORDS = 24
+
+
+@dataclass(frozen=True)
+class Erratum(Method):
+    """The span stays readable; the model is asked, after the suffix, to disregard it. A baseline, not a safe erase.
+
+    Args:
+        wording: the notice; `{quote}` stands for the span's text, shortened in the middle when it is long.
+    """
+
+    wording: str = 'Correction: disregard the following part of the text above, it is not valid: "{quote}".'
+
+    name = "erratum"
+    summary = "keep all, append a notice that takes the span back"
+    cost = "notice tokens"
+    source = "arXiv:2606.17107"
+    removes_text = False
+
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+        tokenizer = backbone.tokenizer
+        words = tokenizer.decode(tokens[span.start : span.end], skip_special_tokens=True).split()
+        if len(words) > QUOTED_WORDS:
+            words = [*words[: QUOTED_WORDS // 2], "...", *words[-QUOTED_WORDS // 2 :]]
+        notice = self.wording.replace("{quote}", " ".join(words))
+        last = next(
+            (token for token in reversed(tokens) if token != NOT_LIVE and tokenizer.decode(token).strip()), None
+        )
+        if has_template(tokenizer) and last in tokenizer.all_special_ids:
+            # The last turn is closed: words outside any turn would be noise to a chat model.
+            notice = as_turn(tokenizer, {"role": "user", "content": notice})
+        else:
+            notice = f"\n\n{notice}"
+        appended = tokenizer.encode(notice, add_special_tokens=False)
+        cache.mark_inexact(span.start)
+        backbone.extend(cache, appended)
+        slots = [*silenced(cache.length - len(appended), span), *[NOT_LIVE] * len(appended)]
+        return result(cache, slots, recomputed=len(appended))
+
+    def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        return min(span, QUOTED_WORDS * 2) + 20

@@ -1,0 +1,73 @@
+"""`selective`: shift, then recompute the suffix tokens that the erase changes most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.errors import MethodError
+from kveraser.methods.base import NOT_LIVE, Erased, Method, result
+from kveraser.methods.shift import Shift
+from kveraser.scratch_cache import ProbingCache, StopForward
+from kveraser.spans import Span
+
+PROBED_LAYER = 1
+"""The first layer whose values depend on other tokens: the earliest at which a deviation can show."""
+
+
+@dataclass(frozen=True)
+class Selective(Method):
+    """CacheBlend's rule: run the suffix through the first layer, compare the next layer's values with the cached ones,
+    and recompute through all layers the fraction `ratio` of tokens that deviate most (sections 4.2 and 4.3)."""
+
+    ratio: float = 0.15
+
+    name = "selective"
+    summary = "shift, then recompute the suffix tokens whose early values deviate most"
+    cost = "ratio x suffix tokens, plus one layer of the suffix"
+    source = "CacheBlend, arXiv:2405.16444"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise MethodError(f"selective: ratio is {self.ratio}, but it is a fraction above 0 and at most 1")
+
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+        shifted = Shift()(backbone, cache, tokens, span)
+        remaining = [tokens[slot] for slot in shifted.slots]
+        live = torch.tensor(
+            [slot for slot in range(span.start, cache.length) if remaining[slot] != NOT_LIVE], dtype=torch.long
+        )
+        if live.numel() == 0:
+            return shifted
+        if backbone.layers <= PROBED_LAYER:
+            raise MethodError(
+                f"selective needs at least 2 layers, {backbone.name} has {backbone.layers}: use repair(32)"
+            )
+        probe = ProbingCache(backbone.layers, PROBED_LAYER, cache, span.start)
+        with suppress(StopForward):
+            backbone.forward([remaining[slot] for slot in live.tolist()], probe, cache.positions[live])
+        assert probe.captured is not None
+        keys, values = probe.captured
+        _, old = cache.read(0, cache.length)[PROBED_LAYER]
+        deviation = (values - old[:, :, live.to(old.device)]).float().square().sum(dim=(0, 1, 3))
+        count = ceil(self.ratio * live.numel())
+        selected = live[deviation.topk(count).indices.sort().values.cpu()]
+        with cache.overwriting_scattered(span.start, selected):
+            # All of the probed layer's states are new already, so the pass below attends to them.
+            cache.write_layer(PROBED_LAYER, live, keys, values)
+            backbone.forward(
+                [remaining[slot] for slot in selected.tolist()],
+                cache,
+                cache.positions[selected],
+                attention_mask=backbone.causal_mask(selected, cache.length),
+            )
+        return result(cache, shifted.slots, recomputed=count + ceil(live.numel() * PROBED_LAYER / backbone.layers))
+
+    def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        return ceil(self.ratio * suffix)

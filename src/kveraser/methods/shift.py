@@ -1,0 +1,32 @@
+"""`shift`: drop the span's states and move the suffix up against the prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.methods.base import Erased, Method, close_gap, result, without
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class Shift(Method):
+    """Suffix keys are re-rotated by minus the span's length; the suffix keeps what it took from the span."""
+
+    name = "shift"
+    summary = "drop the span's states, re-rotate the suffix keys into the gap"
+    cost = "0 tokens; suffix keys are moved"
+    source = "llama.cpp seq_rm + seq_add, https://github.com/ggml-org/llama.cpp"
+
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+        kept = without(cache.length, span)
+        position = ceil(float(cache.positions[span.start]))
+        cache.drop(span.start, span.end)
+        close_gap(backbone, cache, span.start, position)
+        return result(cache, kept, recomputed=0)
+
+    def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        return 0

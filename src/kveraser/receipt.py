@@ -1,0 +1,101 @@
+"""What an erase says of itself: the receipt, and the audit that it may carry (definitions: docs/measures.md)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+ProbeKind = Literal["influence", "leak", "no_harm"]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One probe's figures. KL in nats per answer token; log-probabilities are means per token."""
+
+    question: str
+    kind: ProbeKind
+    answer: str
+    edited_answer: str
+    tokens: int
+    kl: float
+    kl_unerased: float
+    kl_hole: float | None
+    log_probability_exact: float
+    log_probability_edited: float
+    reproduced: bool
+    reproduced_exact: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an erase achieved, over all probes of a kind.
+
+    Attributes:
+        kl: mean KL(exact || edited) over influence probes, nats per answer token.
+        kl_unerased: the same for the unerased cache.
+        fidelity: 1 - kl / kl_unerased, from sums; 1 is exact, 0 no better than not erasing, negative is harm. None when
+            the probes do not feel the span.
+        fidelity_low, fidelity_high: 95% bootstrap interval over probes.
+        leak: mean log-probability per token of the erased text, edited minus exact, in nats.
+        leak_rate: rate at which greedy answers give away a secret of the span, edited minus exact.
+        no_harm: mean KL(exact || edited) over no-harm probes.
+        kl_hole: mean KL of the hole floor, where the live tokens do not stand at consecutive positions: what a perfect
+            eraser that keeps these positions would reach. None where there is no hole.
+        probes: the single results.
+    """
+
+    kl: float
+    kl_unerased: float
+    fidelity: float | None
+    fidelity_low: float | None
+    fidelity_high: float | None
+    leak: float | None
+    leak_rate: float | None
+    no_harm: float | None
+    kl_hole: float | None
+    probes: tuple[ProbeResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary with the attributes' names as keys."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an erase did.
+
+    Attributes:
+        method: its name.
+        parameters: its parameters by name.
+        exact: the cache equals a fresh prefill of the live tokens.
+        spans: erased token ranges of the transcript, `[start, end)`.
+        text: the text of each, snapped outwards to whole tokens.
+        erased: tokens erased.
+        recomputed: tokens run through the backbone.
+        seconds: wall-clock time of the erase.
+        bytes_written: bytes of keys and values written or moved.
+        undo_bytes: bytes held so that `undo` can restore every bit.
+        next_position: position of the next token.
+        audit: filled in by `Session.audit`.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    exact: bool
+    spans: tuple[tuple[int, int], ...]
+    text: tuple[str, ...]
+    erased: int
+    recomputed: int
+    seconds: float
+    bytes_written: int
+    undo_bytes: int
+    next_position: int
+    audit: Audit | None = None
+
+    def with_audit(self, audit: Audit) -> Receipt:
+        """A copy that carries `audit`."""
+        return replace(self, audit=audit)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary with the attributes' names as keys."""
+        return asdict(self)

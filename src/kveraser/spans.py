@@ -1,0 +1,318 @@
+"""From what a user can point at (text, pattern, characters, message, tool call) to spans of tokens."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from kveraser.errors import AmbiguousSpanError, SpanError
+
+SHOWN_OCCURRENCES = 12
+SHOWN_CONTEXT = 20
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """A half-open range of tokens or slots, `[start, end)`, never empty."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise SpanError(f"the span [{self.start}, {self.end}) is empty: give at least one token to erase")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class MessageRange:
+    """Where a chat message stands in the transcript, in characters: the whole turn, and its content alone."""
+
+    role: str
+    start: int
+    end: int
+    content_start: int
+    content_end: int
+    tool_call_id: str | None = None
+
+
+@dataclass
+class Transcript:
+    """Everything a session has read or said, in order; it is only ever appended to.
+
+    Indices of tokens, characters and messages never change: an erase marks tokens, it does not renumber.
+
+    Attributes:
+        text: all text, special tokens included as text.
+        tokens: token ids.
+        offsets: for every token its `(start, end)` in `text`, in characters; both non-decreasing.
+        live: for every token whether it has not been erased.
+        messages: the chat messages, in order.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    offsets: list[tuple[int, int]] = field(default_factory=list)
+    live: list[bool] = field(default_factory=list)
+    messages: list[MessageRange] = field(default_factory=list)
+
+    def append(self, text: str, tokens: Sequence[int], offsets: Sequence[tuple[int, int]]) -> None:
+        """Append `text` with its tokens; `offsets` count from the beginning of `text`."""
+        base = len(self.text)
+        self.text += text
+        self.tokens += tokens
+        self.offsets += [(base + start, base + end) for start, end in offsets]
+        self.live += [True] * len(tokens)
+
+    def truncate(self, tokens: int, characters: int, messages: int) -> None:
+        """Go back to an earlier length."""
+        self.text = self.text[:characters]
+        del self.tokens[tokens:], self.offsets[tokens:], self.live[tokens:], self.messages[messages:]
+
+    def text_of(self, span: Span) -> str:
+        """The text of the tokens of `span`."""
+        return self.text[self.offsets[span.start][0] : self.offsets[span.end - 1][1]]
+
+    def snap(self, start: int, end: int) -> Span:
+        """The tokens that characters `[start, end)` touch: the range snapped outwards to whole tokens.
+
+        Raises:
+            SpanError: empty, or outside the text.
+        """
+        if start >= end:
+            raise SpanError(f"the characters [{start}, {end}) are an empty span: give at least one character to erase")
+        if start < 0 or end > len(self.text):
+            raise SpanError(
+                f"the characters [{start}, {end}) lie outside the context, which has {len(self.text)} characters"
+            )
+        first = bisect_right([token_end for _, token_end in self.offsets], start)
+        last = bisect_left([token_start for token_start, _ in self.offsets], end)
+        # Zero-width tokens (a BOS before the text) stand at a boundary; they belong to no character.
+        while first < last and self.offsets[first][0] == self.offsets[first][1]:
+            first += 1
+        if first >= last:
+            raise SpanError(f"no token covers the characters [{start}, {end}): choose a longer piece of text")
+        return Span(first, last)
+
+    def occurrences(self, found: Iterable[tuple[int, int]]) -> list[tuple[tuple[int, int], Span]]:
+        """Of the character ranges `found`, those of which every token is live, with their tokens."""
+        spans = [((start, end), self.snap(start, end)) for start, end in found if end > start]
+        return [(characters, span) for characters, span in spans if all(self.live[span.start : span.end])]
+
+
+class Selector(Protocol):
+    """Something that points at a part of a transcript."""
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        """The tokens it points at.
+
+        Raises:
+            SpanError: it points at nothing, outside the context, or at what is erased already.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens `[start, end)` of the transcript."""
+
+    start: int
+    end: int
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        if self.start < 0 or self.end > len(transcript.tokens):
+            raise SpanError(
+                f"the tokens [{self.start}, {self.end}) lie outside the context, "
+                f"which has {len(transcript.tokens)} tokens"
+            )
+        return [Span(self.start, self.end)]
+
+
+@dataclass(frozen=True)
+class Characters:
+    """Characters `[start, end)` of the transcript's text, snapped outwards to whole tokens."""
+
+    start: int
+    end: int
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        return [transcript.snap(self.start, self.end)]
+
+
+@dataclass(frozen=True)
+class Text:
+    """An exact text. When it occurs several times, `occurrence` (from 1) says which."""
+
+    text: str
+    occurrence: int | None = None
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        if not self.text:
+            raise SpanError("the text to erase is empty: give the words to erase")
+        places = list(_places(transcript.text, self.text))
+        live = transcript.occurrences(places)
+        if not live:
+            raise SpanError(_not_found(transcript.text, self.text, erased=bool(places)))
+        if self.occurrence is None and len(live) > 1:
+            shown = [transcript.text[max(0, start - SHOWN_CONTEXT) : end + SHOWN_CONTEXT] for (start, end), _ in live]
+            raise AmbiguousSpanError(self.text, [characters for characters, _ in live], shown)
+        if self.occurrence is not None and not 1 <= self.occurrence <= len(live):
+            raise SpanError(f"{self.text!r} has no occurrence {self.occurrence}: it occurs {len(live)} times")
+        return [live[(self.occurrence or 1) - 1][1]]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression: every match, or the one numbered `occurrence` (from 1)."""
+
+    pattern: str
+    occurrence: int | None = None
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        try:
+            compiled = re.compile(self.pattern)
+        except re.error as error:
+            raise SpanError(f"the pattern {self.pattern!r} is not a regular expression: {error}") from error
+        live = transcript.occurrences(match.span() for match in compiled.finditer(transcript.text))
+        if not live:
+            raise SpanError(f"the pattern {self.pattern!r} matches nothing in the context")
+        if self.occurrence is None:
+            return [span for _, span in live]
+        if not 1 <= self.occurrence <= len(live):
+            raise SpanError(
+                f"the pattern {self.pattern!r} has no match {self.occurrence}: it matches {len(live)} times"
+            )
+        return [live[self.occurrence - 1][1]]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A chat message by its index in the conversation; negative counts from the end.
+
+    The whole turn goes, role markers included: the exact reference is then the conversation in which the message was
+    never sent. With `keep_turn` only the content goes and an empty turn stays, for templates or callers that insist on
+    a reply in that place; the model can then tell that something was there.
+    """
+
+    index: int
+    keep_turn: bool = False
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        count = len(transcript.messages)
+        if not -count <= self.index < count:
+            raise SpanError(
+                f"no message {self.index}: the conversation has {count} messages"
+                + ("" if count else " (text sessions have none: erase by text instead)")
+            )
+        return [_message_span(transcript, self.index % count, self.keep_turn)]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """The result of a tool call, by the call's id; the request stays. `keep_turn` as for `Message`."""
+
+    tool_call_id: str
+    keep_turn: bool = False
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        ids = [message.tool_call_id for message in transcript.messages]
+        if self.tool_call_id not in ids:
+            known = ", ".join(repr(known) for known in ids if known) or "none"
+            raise SpanError(f"no result of a tool call {self.tool_call_id!r}: the conversation has {known}")
+        return [_message_span(transcript, ids.index(self.tool_call_id), self.keep_turn)]
+
+
+Erasable: TypeAlias = "str | Selector | Sequence[str | Selector]"
+"""What can be erased: a selector, a text, or several of them at once."""
+
+
+def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
+    """The spans of live tokens that `what` points at, in order, merged where they overlap or touch.
+
+    Raises:
+        SpanError: see the selectors; also when everything is erased already, or nothing would remain.
+    """
+    selectors = [what] if isinstance(what, str) or not isinstance(what, Sequence) else list(what)
+    if not selectors:
+        raise SpanError("no span given: say what to erase")
+    spans: list[Span] = []
+    for selector in selectors:
+        for span in (Text(selector) if isinstance(selector, str) else selector).resolve(transcript):
+            if not any(transcript.live[span.start : span.end]):
+                raise SpanError(f"{_shorten(transcript.text_of(span))!r} is erased already")
+            spans.append(span)
+    erased = {token for span in merge(spans) for token in range(span.start, span.end)}
+    if not any(live and token not in erased for token, live in enumerate(transcript.live)):
+        raise SpanError("the span is the whole context and nothing would remain: start a new session instead")
+    return merge(spans)
+
+
+def merge(spans: Iterable[Span]) -> list[Span]:
+    """Spans in order, joined where they overlap or touch."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and span.start <= merged[-1].end:
+            merged[-1] = Span(merged[-1].start, max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return merged
+
+
+def selector_from_json(value: Any) -> Selector:
+    """A selector as case files write it: a text, `[start, end]` in characters, or an object such as `{"message": 3}`.
+
+    Raises:
+        SpanError: none of these forms.
+    """
+    if isinstance(value, str):
+        return Text(value)
+    if isinstance(value, list) and len(value) == 2 and all(type(bound) is int for bound in value):
+        return Characters(*value)
+    forms: dict[str, type[Any]] = {
+        "text": Text, "pattern": Pattern, "message": Message, "tool_call_id": ToolCall,
+    }  # fmt: skip
+    if isinstance(value, Mapping):
+        for key, form in forms.items():
+            if key in value:
+                options = {name: option for name, option in value.items() if name != key}
+                try:
+                    selector: Selector = form(value[key], **options)
+                except TypeError as error:
+                    raise SpanError(f"{dict(value)!r} is not a span: {error}") from error
+                return selector
+    raise SpanError(f'{value!r} is not a span: give a text, [start, end] in characters, or {{"message": index}}')
+
+
+def _places(text: str, wanted: str) -> Iterable[tuple[int, int]]:
+    start = text.find(wanted)
+    while start >= 0:
+        yield start, start + len(wanted)
+        start = text.find(wanted, start + 1)
+
+
+def _not_found(text: str, wanted: str, erased: bool) -> str:
+    shown = repr(_shorten(wanted))
+    if erased:
+        return f"{shown} is erased already"
+    loose = re.search(r"\s+".join(map(re.escape, wanted.split())), text, re.IGNORECASE) if wanted.strip() else None
+    if loose is not None:
+        return f"{shown} is not in the context; letters or spaces differ in {_shorten(loose.group())!r}"
+    return f"{shown} is not in the context: give the text exactly as it stands there"
+
+
+def _message_span(transcript: Transcript, index: int, keep_turn: bool) -> Span:
+    message = transcript.messages[index]
+    if not keep_turn:
+        return transcript.snap(message.start, message.end)
+    if message.content_start == message.content_end:
+        raise SpanError(f"message {index} ({message.role}) has no content of its own: erase the whole turn")
+    return transcript.snap(message.content_start, message.content_end)
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
