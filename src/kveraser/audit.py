@@ -6,8 +6,9 @@ The answers of three caches are compared under the same questions: *exact* (a fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from kveraser.cache import EditableCache
 from kveraser.decode import greedy, score
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, ProbeResult
+
+T = TypeVar("T")
 
 ANSWER_TOKENS = 32
 LEAK_TOKENS = 64
@@ -36,10 +39,25 @@ class PreparedProbe:
 
 @dataclass(frozen=True)
 class References:
-    """The two fresh prefills that an audit compares with; they serve every erase of the same span."""
+    """The two fresh prefills that an audit compares with; they serve every erase of the same span.
+
+    What is computed from them once (answers, log-probabilities, the hole floor's cache) is remembered.
+    """
 
     exact: EditableCache
     unerased: EditableCache
+    memory: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The value under `key`, computed when it is first asked for."""
+        if key not in self.memory:
+            self.memory[key] = compute()
+        value: T = self.memory[key]
+        return value
+
+    def reply(self, backbone: Backbone, prompt: tuple[int, ...]) -> list[int]:
+        """The exact cache's greedy answer."""
+        return self.remember(("reply", prompt), lambda: greedy(backbone, self.exact, prompt, ANSWER_TOKENS))
 
 
 def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
@@ -115,17 +133,19 @@ def _measure(
     secrets: Sequence[str],
 ) -> ProbeResult:
     prompt, probe, tokenizer = prepared.prompt, prepared.probe, backbone.tokenizer
-    reply = edited_reply = None
-    if prepared.answer is None or probe.kind == "leak":
-        reply = greedy(backbone, references.exact, prompt, ANSWER_TOKENS)
-    edited_reply = greedy(backbone, edited, prompt, ANSWER_TOKENS)
+    edited_reply, exact_reply = greedy(backbone, edited, prompt, ANSWER_TOKENS), references.reply(backbone, prompt)
     # An empty greedy answer is the end token alone, and that is what the caches are compared on.
-    answer = list(prepared.answer or reply or [tokenizer.eos_token_id])[:LEAK_TOKENS]
-    exact_scores = score(backbone, references.exact, prompt, answer)
+    answer = tuple(prepared.answer or exact_reply or [tokenizer.eos_token_id])[:LEAK_TOKENS]
+    exact_scores = references.remember(
+        ("exact", prompt, answer), lambda: score(backbone, references.exact, prompt, answer)
+    )
+    kl_unerased = references.remember(
+        ("unerased", prompt, answer),
+        lambda: kl_divergence(exact_scores, score(backbone, references.unerased, prompt, answer)),
+    )
     edited_scores = score(backbone, edited, prompt, answer)
-    unerased_scores = score(backbone, references.unerased, prompt, answer)
     places, forced = torch.arange(len(answer)), torch.tensor(answer)
-    said, said_exact = (tokenizer.decode(tokens or [], skip_special_tokens=True) for tokens in (edited_reply, reply))
+    said, said_exact = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (edited_reply, exact_reply))
     return ProbeResult(
         question=probe.question,
         kind=probe.kind,
@@ -133,7 +153,7 @@ def _measure(
         edited_answer=said,
         tokens=len(answer),
         kl=kl_divergence(exact_scores, edited_scores) / len(answer),
-        kl_unerased=kl_divergence(exact_scores, unerased_scores) / len(answer),
+        kl_unerased=kl_unerased / len(answer),
         kl_hole=None
         if hole is None
         else kl_divergence(exact_scores, score(backbone, hole, prompt, answer)) / len(answer),

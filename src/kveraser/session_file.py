@@ -50,7 +50,6 @@ def save(session: Session, path: str | Path) -> None:
             "exact_length": cache.exact_length,
             "slots": session.slots,
             "turn_open": session.turn_open,
-            "body_start": session.body_start,
             "tools": session.tools,
             "transcript": asdict(session.transcript),
             "receipts": [receipt.to_json() for receipt in session.receipts],
@@ -113,7 +112,6 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
             slots=document["slots"],
             receipts=[_receipt(receipt) for receipt in document["receipts"]],
             turn_open=document["turn_open"],
-            body_start=document["body_start"],
             tools=document["tools"],
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -164,6 +162,7 @@ def _transcript(fields: dict[str, Any]) -> Transcript:
         offsets=[(start, end) for start, end in fields["offsets"]],
         live=list(fields["live"]),
         messages=[MessageRange(**message) for message in fields["messages"]],
+        body_start=fields["body_start"],
     )
 
 

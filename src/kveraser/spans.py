@@ -53,6 +53,8 @@ class Transcript:
         offsets: for every token its `(start, end)` in `text`, in characters; both non-decreasing.
         live: for every token whether it has not been erased.
         messages: the chat messages, in order.
+        body_start: where the user's own text begins, in characters; what a chat template puts in front of it is
+            neither searched nor counted.
     """
 
     text: str = ""
@@ -60,6 +62,7 @@ class Transcript:
     offsets: list[tuple[int, int]] = field(default_factory=list)
     live: list[bool] = field(default_factory=list)
     messages: list[MessageRange] = field(default_factory=list)
+    body_start: int = 0
 
     def append(self, text: str, tokens: Sequence[int], offsets: Sequence[tuple[int, int]]) -> None:
         """Append `text` with its tokens; `offsets` count from the beginning of `text`."""
@@ -135,13 +138,19 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Characters:
-    """Characters `[start, end)` of the transcript's text, snapped outwards to whole tokens."""
+    """Characters `[start, end)` of the session's text, snapped outwards to whole tokens."""
 
     start: int
     end: int
 
     def resolve(self, transcript: Transcript) -> list[Span]:
-        return [transcript.snap(self.start, self.end)]
+        base, length = transcript.body_start, len(transcript.text)
+        if self.start < 0 or base + self.end > length:
+            raise SpanError(
+                f"the characters [{self.start}, {self.end}) lie outside the context, "
+                f"which has {length - base} characters"
+            )
+        return [transcript.snap(base + self.start, base + self.end)]
 
 
 @dataclass(frozen=True)
@@ -154,13 +163,14 @@ class Text:
     def resolve(self, transcript: Transcript) -> list[Span]:
         if not self.text:
             raise SpanError("the text to erase is empty: give the words to erase")
-        places = list(_places(transcript.text, self.text))
+        places = list(_places(transcript.text, self.text, transcript.body_start))
         live = transcript.occurrences(places)
         if not live:
             raise SpanError(_not_found(transcript.text, self.text, erased=bool(places)))
         if self.occurrence is None and len(live) > 1:
             shown = [transcript.text[max(0, start - SHOWN_CONTEXT) : end + SHOWN_CONTEXT] for (start, end), _ in live]
-            raise AmbiguousSpanError(self.text, [characters for characters, _ in live], shown)
+            base = transcript.body_start
+            raise AmbiguousSpanError(self.text, [(start - base, end - base) for (start, end), _ in live], shown)
         if self.occurrence is not None and not 1 <= self.occurrence <= len(live):
             raise SpanError(f"{self.text!r} has no occurrence {self.occurrence}: it occurs {len(live)} times")
         return [live[(self.occurrence or 1) - 1][1]]
@@ -178,7 +188,9 @@ class Pattern:
             compiled = re.compile(self.pattern)
         except re.error as error:
             raise SpanError(f"the pattern {self.pattern!r} is not a regular expression: {error}") from error
-        live = transcript.occurrences(match.span() for match in compiled.finditer(transcript.text))
+        live = transcript.occurrences(
+            match.span() for match in compiled.finditer(transcript.text, transcript.body_start)
+        )
         if not live:
             raise SpanError(f"the pattern {self.pattern!r} matches nothing in the context")
         if self.occurrence is None:
@@ -288,8 +300,8 @@ def selector_from_json(value: Any) -> Selector:
     raise SpanError(f'{value!r} is not a span: give a text, [start, end] in characters, or {{"message": index}}')
 
 
-def _places(text: str, wanted: str) -> Iterable[tuple[int, int]]:
-    start = text.find(wanted)
+def _places(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
+    start = text.find(wanted, begin)
     while start >= 0:
         yield start, start + len(wanted)
         start = text.find(wanted, start + 1)

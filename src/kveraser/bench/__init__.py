@@ -1,0 +1,1 @@
+"""Benchmarks: what an erase costs, measured in ratios within one run."""

@@ -1,0 +1,157 @@
+"""`kveraser demo`: four real documents, every method, the answers before and after, and what each erase cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kveraser.demo.documents import Document
+
+from kveraser.audit import References
+from kveraser.backbone import Backbone
+from kveraser.methods import make_method
+from kveraser.probes import Probe
+from kveraser.receipt import Audit, Receipt
+from kveraser.session import Session
+from kveraser.spans import selector_from_json
+
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method on one document: its receipt with the audit, or why it was not run."""
+
+    method: str
+    receipt: Receipt | None
+    missing: str | None = None
+
+    @property
+    def audit(self) -> Audit:
+        """The audit of a method that was run."""
+        assert self.receipt is not None and self.receipt.audit is not None
+        return self.receipt.audit
+
+    def to_json(self) -> dict[str, Any]:
+        """A table row; the answers are in the order of the document's questions."""
+        row: dict[str, Any] = {"method": self.method, "missing": self.missing}
+        if self.receipt is None:
+            return row
+        return row | {
+            "exact": self.receipt.exact,
+            "seconds": self.receipt.seconds,
+            "recomputed": self.receipt.recomputed,
+            "kl": self.audit.kl,
+            "kl_unerased": self.audit.kl_unerased,
+            "fidelity": self.audit.fidelity,
+            "kl_hole": self.audit.kl_hole,
+            "no_harm": self.audit.no_harm,
+            "leak": self.audit.leak,
+            "answers": [probe.edited_answer for probe in self.audit.probes if probe.kind != "leak"],
+        }
+
+
+@dataclass(frozen=True)
+class DocumentResult:
+    """One document: the answers before the erase and by exact recomputation, and every method's result."""
+
+    document: Document
+    tokens: int
+    erased: int
+    prefill_seconds: float
+    before: tuple[str, ...]
+    exact: tuple[str, ...]
+    results: tuple[MethodResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document's name, sizes, questions and answers, with the methods under `rows`."""
+        return {
+            "document": self.document.name,
+            "tokens": self.tokens,
+            "erased": self.erased,
+            "prefill_seconds": self.prefill_seconds,
+            "questions": [asked.question for asked in [*self.document.questions, *self.document.unrelated]],
+            "before": list(self.before),
+            "exact": list(self.exact),
+            "rows": [result.to_json() for result in self.results],
+        }
+
+
+def run_document(
+    backbone: Backbone, document: Document, methods: Sequence[str], progress: Callable[[str], None] | None = None
+) -> DocumentResult:
+    """Prefill one document, ask, and erase by every method in turn, undoing each.
+
+    Args:
+        methods: names for `make_method`, an exact one among them; those that need an eraser are reported as missing
+            when none is loaded.
+    """
+    say = progress or (lambda _: None)
+    say(f"{document.title}: reading")
+    started = time.perf_counter()
+    session = Session(backbone, text=document.context, messages=document.messages, tools=document.tools)
+    prefill_seconds = time.perf_counter() - started
+    span = selector_from_json(document.erase)
+    erased_text = session.find(span)[0][1]
+    probes = [
+        *(Probe(asked.question) for asked in document.questions),
+        *(Probe(asked.question, "no_harm") for asked in document.unrelated),
+        Probe(f'Repeat what was said: "{" ".join(erased_text.split()[:6])}"', "leak", erased_text),
+    ]
+    before = tuple(
+        session.ask(probe.question, max_new_tokens=ANSWER_TOKENS).text for probe in probes if probe.kind != "leak"
+    )
+    references: References | None = None
+    results: list[MethodResult] = []
+    for name in methods:
+        method = make_method(name)
+        if method.needs_eraser and backbone.eraser is None:
+            results.append(MethodResult(name, None, "needs a trained eraser: pass --eraser FOLDER"))
+            continue
+        say(f"{document.title}: {name}")
+        session.erase(span, method)
+        references = references or session.references()
+        session.audit(probes, references=references)
+        results.append(MethodResult(name, session.receipts[-1]))
+        session.undo()
+    exact = next(result for result in results if result.receipt is not None and result.receipt.exact)
+    assert exact.receipt is not None
+    return DocumentResult(
+        document=document,
+        tokens=len(session.transcript.tokens),
+        erased=exact.receipt.erased,
+        prefill_seconds=prefill_seconds,
+        before=before,
+        exact=tuple(probe.answer for probe in exact.audit.probes if probe.kind != "leak"),
+        results=tuple(results),
+    )
+
+
+def summarize(results: Sequence[DocumentResult]) -> list[dict[str, Any]]:
+    """One row a method over all documents: seconds and tokens summed, KL and fidelity over all influence probes."""
+    rows: list[dict[str, Any]] = []
+    for position, first in enumerate(results[0].results):
+        runs = [result.results[position] for result in results]
+        receipts = [run.receipt for run in runs if run.receipt is not None]
+        if len(receipts) < len(runs):
+            rows.append({"method": first.method, "missing": first.missing})
+            continue
+        probes = [probe for run in runs for probe in run.audit.probes if probe.kind == "influence"]
+        tokens = sum(probe.tokens for probe in probes)
+        kl = sum(probe.kl * probe.tokens for probe in probes)
+        unerased = sum(probe.kl_unerased * probe.tokens for probe in probes)
+        rows.append(
+            {
+                "method": first.method,
+                "missing": None,
+                "exact": all(receipt.exact for receipt in receipts),
+                "seconds": sum(receipt.seconds for receipt in receipts),
+                "recomputed": sum(receipt.recomputed for receipt in receipts),
+                "kl": kl / tokens,
+                "kl_unerased": unerased / tokens,
+                "fidelity": 1 - kl / unerased if unerased else None,
+            }
+        )
+    return rows

@@ -1,0 +1,71 @@
+"""Fixtures. Session-scoped models are shared: nothing may inject an eraser into them or change their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from kveraser.backbone import Backbone
+from tests.tiny import FAMILIES, ROTARY_FAMILIES, attach_random_eraser, tiny_backbone, tiny_tokenizer
+
+# Tiny matrices gain nothing from threads, and the tests run in several processes.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def backbones() -> dict[str, Backbone]:
+    """One backbone a family, built when first asked for, without erasers."""
+
+    class Built(dict[str, Backbone]):
+        def __missing__(self, family: str) -> Backbone:
+            self[family] = tiny_backbone(family)
+            return self[family]
+
+    return Built()
+
+
+@pytest.fixture(params=FAMILIES)
+def backbone_of_family(request: pytest.FixtureRequest, backbones: dict[str, Backbone]) -> Backbone:
+    """The shared backbone of every family in turn."""
+    return backbones[request.param]
+
+
+@pytest.fixture(params=ROTARY_FAMILIES)
+def rotary_backbone(request: pytest.FixtureRequest, backbones: dict[str, Backbone]) -> Backbone:
+    """The shared backbone of every family with rotary positions in turn."""
+    return backbones[request.param]
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Backbone:
+    """A shared tiny Llama with a chat template, without an eraser."""
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="session")
+def plain_backbone() -> Backbone:
+    """A shared tiny Llama without a chat template, without an eraser."""
+    return tiny_backbone(chat=False)
+
+
+@pytest.fixture(scope="session")
+def erasing_backbone() -> Backbone:
+    """A shared tiny Llama with a random eraser of the paper's layout."""
+    backbone = tiny_backbone()
+    attach_random_eraser(backbone)
+    return backbone
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Any:
+    """The tiny tokenizer with a chat template."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without a chat template."""
+    return tiny_tokenizer(chat=False)

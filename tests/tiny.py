@@ -1,0 +1,143 @@
+"""Tiny random models and tokenizers, built from configs in code: the oracles of every test, never downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.eraser import Eraser, EraserSettings
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = ("Ġ t", "h e", "Ġt he", "o n", "i n", "in g")
+TOKENS = (*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES))
+VOCABULARY = len(TOKENS)
+POSITIONS = 1024
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML with a default system prompt, as the bundled backbone has it."""
+
+SHARED = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+    "phi3": {"sliding_window": None},
+    "gemma": {"head_dim": 8, "num_key_value_heads": 1},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+    "gpt2": {},
+}
+FAMILIES = tuple(FAMILY_SETTINGS)
+ROTARY_FAMILIES = tuple(family for family in FAMILIES if family != "gpt2")
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
+    """A random model of `family` (a `model_type` of transformers), with every weight, bias and norm away from its start.
+
+    Weights are large, so that tokens change one another's states a lot and a tolerance of 1e-4 on logits means much.
+    """
+    config = AutoConfig.for_model(family, **{**SHARED, **FAMILY_SETTINGS.get(family, {}), **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a few merges and three special tokens; with `chat` it has a ChatML template."""
+    merges = [tuple(merge.split(" ")) for merge in MERGES]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(TOKENS)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_backbone(family: str = "llama", chat: bool = True, seed: int = 0, **overrides: Any) -> Backbone:
+    """A backbone of a tiny random model; `overrides` are settings of its config."""
+    return Backbone(tiny_model(family, seed, **overrides), tiny_tokenizer(chat), name=f"tiny-{family}")
+
+
+def attach_random_eraser(
+    backbone: Backbone, seed: int = 0, settings: EraserSettings | None = None, rank: int = 4, scale: float = 0.2
+) -> Eraser:
+    """Give `backbone` an eraser whose B is random, so that switching it on changes every state a lot."""
+    eraser = Eraser.untrained(backbone.model, rank=rank, alpha=2 * rank, settings=settings, seed=seed)
+    randomize(eraser, seed, scale)
+    backbone.eraser = eraser
+    return eraser
+
+
+def randomize(eraser: Eraser, seed: int = 0, scale: float = 0.2) -> None:
+    """Fill every B of the adapter with random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in eraser.parameters().items():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Token ids of ordinary text, no special tokens among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(SPECIAL_TOKENS), VOCABULARY, (count,), generator=generator).tolist()
+
+
+def snapshot(cache: EditableCache) -> dict[str, Any]:
+    """All that a cache holds, copied: what undo must bring back."""
+    pairs = cache.read(0, cache.length) if cache.length else []
+    return {
+        "length": cache.length,
+        "keys": [keys.clone() for keys, _ in pairs],
+        "values": [values.clone() for _, values in pairs],
+        "positions": cache.positions.clone(),
+        "next_position": cache.next_position,
+        "exact_length": cache.exact_length,
+    }
+
+
+def same_bits(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two snapshots agree in every bit."""
+    counts = ("length", "next_position", "exact_length")
+    return (
+        all(first[name] == second[name] for name in counts)
+        and torch.equal(first["positions"], second["positions"])
+        and all(
+            len(first[name]) == len(second[name])
+            and all(torch.equal(one, other) for one, other in zip(first[name], second[name], strict=True))
+            for name in ("keys", "values")
+        )
+    )
+
+
+def distance(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """The largest difference between two lists of tensors, one a layer; infinite where shapes differ."""
+    if [one.shape for one in first] != [other.shape for other in second]:
+        return float("inf")
+    return max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))
