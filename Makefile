@@ -16,12 +16,13 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install backbone clean distclean
+.PHONY: help demo test lint results install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
 	@echo "make test       run the tests with coverage"
 	@echo "make lint       ruff and mypy"
+	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
 	@echo "make clean      remove caches and build outputs"
@@ -41,6 +42,18 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@echo "Checking types: mypy"
 	@$(BIN)/mypy
+
+results: $(BACKBONE)
+	@mkdir -p docs/results
+	@echo "Measuring: demo"
+	@$(BIN)/kveraser demo --picture docs/results/demo.png --json >docs/results/demo.json.part
+	@mv docs/results/demo.json.part docs/results/demo.json
+	@echo "Measuring: latency"
+	@$(BIN)/kveraser bench latency --lengths 512,1024,2048,4096 --span 100 --depth 0.1 --json \
+		>docs/results/latency.json.part
+	@mv docs/results/latency.json.part docs/results/latency.json
+	@$(BIN)/python -m kveraser.bench.tables
+	@echo "Wrote docs/results and the README's tables"
 
 install: $(INSTALLED)
 

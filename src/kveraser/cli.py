@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from kveraser.spans import Selector
 
 USAGE, FAILURE = 2, 1
+INTERRUPTED = 130
+"""How typer reports Ctrl-C."""
 # typer carries a copy of click that it does not name; its one public usage error leads there.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -52,6 +54,8 @@ def main() -> None:
     except UsageError as error:
         _fail(error.format_message(), USAGE)
     except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         _fail("interrupted: nothing was written", FAILURE)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -137,10 +141,10 @@ def erase(
     with bar() as advance:
         advance("answering before")
         before = _answers(session, ask, max_new_tokens)
-        for name in method or NO_METHOD:
-            advance(f"erasing: {name or 'default method'}")
-            budget: dict[str, Any] = {"max_kl": max_kl, "probes": ask} if name == "auto" else {}
-            receipt = session.erase(selectors, name, **budget)
+        for named in method or NO_METHOD:
+            advance(f"erasing: {named or 'default method'}")
+            budget: dict[str, Any] = {"max_kl": max_kl, "probes": ask} if named == "auto" else {}
+            receipt = session.erase(selectors, named, **budget)
             answers = _answers(session, ask, max_new_tokens)
             if receipt.exact:
                 exact = answers

@@ -259,7 +259,10 @@ def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
                 raise SpanError(f"{_shorten(transcript.text_of(span))!r} is erased already")
             spans.append(span)
     erased = {token for span in merge(spans) for token in range(span.start, span.end)}
-    if not any(live and token not in erased for token, live in enumerate(transcript.live)):
+    if not any(
+        live and token not in erased and transcript.offsets[token][0] >= transcript.body_start
+        for token, live in enumerate(transcript.live)
+    ):
         raise SpanError("the span is the whole context and nothing would remain: start a new session instead")
     return merge(spans)
 
