@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,12 @@ from tests.tiny import FAMILIES, ROTARY_FAMILIES, attach_random_eraser, tiny_bac
 
 # Tiny matrices gain nothing from threads, and the tests run in several processes.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches the network, whatever name it asks for."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ ROTARY_FAMILIES = tuple(family for family in FAMILIES if family != "gpt2")
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
-    """A random model of `family` (a `model_type` of transformers), with every weight, bias and norm away from its start.
+    """A random model of `family` (a `model_type` of transformers), with its biases and norms away from their start.
 
     Weights are large, so that tokens change one another's states a lot and a tolerance of 1e-4 on logits means much.
     """

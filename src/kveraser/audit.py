@@ -15,8 +15,8 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.decode import greedy, score
-from kveraser.probes import Probe
+from kveraser.decode import end_tokens, greedy, score
+from kveraser.probes import Probe, mentions
 from kveraser.receipt import Audit, ProbeResult
 
 T = TypeVar("T")
@@ -62,8 +62,9 @@ class References:
 
 def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
     """Sum over places of KL(exact || other), in nats, from log-probabilities `[answer, vocabulary]`."""
-    difference = exact.double() - other.double()
-    return float((exact.double().exp() * difference).sum())
+    probabilities, difference = exact.double().exp(), exact.double() - other.double()
+    # What the exact reference rules out adds nothing, even where the other rules it out as well.
+    return float((probabilities * difference).masked_fill(probabilities == 0, 0.0).sum())
 
 
 def audit(
@@ -135,7 +136,7 @@ def _measure(
     prompt, probe, tokenizer = prepared.prompt, prepared.probe, backbone.tokenizer
     edited_reply, exact_reply = greedy(backbone, edited, prompt, ANSWER_TOKENS), references.reply(backbone, prompt)
     # An empty greedy answer is the end token alone, and that is what the caches are compared on.
-    answer = tuple(prepared.answer or exact_reply or [tokenizer.eos_token_id])[:LEAK_TOKENS]
+    answer = tuple(prepared.answer or exact_reply or sorted(end_tokens(backbone))[:1])[:LEAK_TOKENS]
     exact_scores = references.remember(
         ("exact", prompt, answer), lambda: score(backbone, references.exact, prompt, answer)
     )
@@ -159,14 +160,9 @@ def _measure(
         else kl_divergence(exact_scores, score(backbone, hole, prompt, answer)) / len(answer),
         log_probability_exact=float(exact_scores[places, forced].mean()),
         log_probability_edited=float(edited_scores[places, forced].mean()),
-        reproduced=_gives_away(said, secrets),
-        reproduced_exact=_gives_away(said_exact, secrets),
+        reproduced=any(mentions(said, secret) for secret in secrets),
+        reproduced_exact=any(mentions(said_exact, secret) for secret in secrets),
     )
-
-
-def _gives_away(answer: str, secrets: Sequence[str]) -> bool:
-    plain = " ".join(answer.lower().split())
-    return any(" ".join(secret.lower().split()) in plain for secret in secrets if secret.strip())
 
 
 def _mean(results: Sequence[ProbeResult], key: str) -> float | None:

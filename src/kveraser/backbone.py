@@ -166,9 +166,9 @@ class Backbone:
         tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
         if special:
             whole = list(self.tokenizer(text)["input_ids"])
-            lead = len(whole) - len(tokens)
-            if lead > 0 and whole[lead:] == tokens:
-                tokens, offsets = whole, [(0, 0)] * lead + offsets
+            leads = range(len(whole) - len(tokens) + 1)
+            lead = next((lead for lead in leads if whole[lead : lead + len(tokens)] == tokens), 0)
+            tokens, offsets = whole[:lead] + tokens, [(0, 0)] * lead + offsets
         return tokens, offsets
 
     # Forward passes
@@ -286,6 +286,8 @@ def check_supported(model: Any, name: str) -> None:
     for layer_type in getattr(config, "layer_types", None) or ():
         if layer_type != "full_attention":
             raise UnsupportedModelError(name, layer_type, "their cache does not hold every position of the context")
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UnsupportedModelError(name, "local_attention", "a window forgets the start of a longer context")
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
             name, "linear_attention", "their state mixes all tokens and can't be edited by span"

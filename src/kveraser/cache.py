@@ -28,14 +28,20 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each `[batch, kv_heads, slots, head_dim]`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """One loss inside an edit: what was done to slots `[start, end)` and their old states, one pair a layer."""
+    """One loss inside an edit: what was done to slots `[start, end)` of `length`, and their old states, a pair a layer.
+
+    `moved` tells how far a drop has come: the number of buffers of which the suffix has moved up for certain, and the
+    suffix of the next one while it moves.
+    """
 
     kind: Literal["overwrite", "drop", "truncate"]
     start: int
     end: int
+    length: int
     states: list[tuple[torch.Tensor | None, torch.Tensor | None]]
+    moved: tuple[int, torch.Tensor | None] = (0, None)
 
 
 @dataclass
@@ -117,9 +123,10 @@ class EditableCache(Cache):
         length = self.length
         known = self._positions.numel()
         if length < known:
-            self._positions = self._positions[:length]
-            self._next_position = int(self._positions[-1].floor()) + 1 if length else 0
+            # The position that follows is that of the first slot forgotten, whatever lies before it.
+            self._next_position = int(self._positions[length].ceil())
             self._exact_length = min(self._exact_length, length)
+            self._positions = self._positions[:length]
         elif length > known:
             # A forward pass without position_ids numbers its tokens by slot.
             self._record_append(torch.arange(known, length, dtype=torch.float64))
@@ -161,14 +168,16 @@ class EditableCache(Cache):
         start = self.length
         try:
             yield
+            self._check_written(self.length - start, positions.numel())
+            self._record_append(positions.to(dtype=torch.float64, device="cpu"))
         except BaseException:
             self._set_length(start)
             raise
-        written = self.length - start
-        if written != positions.numel():
-            self._set_length(start)
-            raise CacheError(f"the forward pass wrote {written} slots where {positions.numel()} were announced")
-        self._record_append(positions.to(dtype=torch.float64, device="cpu"))
+
+    @staticmethod
+    def _check_written(written: int, announced: int) -> None:
+        if written != announced:
+            raise CacheError(f"the forward pass wrote {written} slots where {announced} were announced")
 
     @contextmanager
     def overwriting(self, start: int, positions: torch.Tensor) -> Iterator[None]:
@@ -180,10 +189,15 @@ class EditableCache(Cache):
         end = start + positions.numel()
         self._save("overwrite", start, end)
         length = self.length
-        self._set_length(start)
         try:
+            self._set_length(start)
+            for layer in self.layers:
+                layer.limit = end
             yield
+            self._check_written(self.length - start, positions.numel())
         finally:
+            for layer in self.layers:
+                layer.limit = None
             self._set_length(length)
         self._positions = self._positions.clone()
         self._positions[start:end] = positions.to(dtype=torch.float64, device="cpu")
@@ -196,10 +210,12 @@ class EditableCache(Cache):
         positions. Everything from slot `start` on is saved for undo. Needs `edit()`.
         """
         self._save("overwrite", start, self.length)
+        if slots.numel() and not start <= int(slots.min()) <= int(slots.max()) < self.length:
+            raise CacheError(f"slots {slots.tolist()} lie outside [{start}, {self.length}), which is saved for undo")
         index = slots.to(self.layers[0].keys.device)  # type: ignore[union-attr]
-        for layer in self.layers:
-            layer.scattered = index
         try:
+            for layer in self.layers:
+                layer.scattered = index
             yield
         finally:
             for layer in self.layers:
@@ -211,12 +227,8 @@ class EditableCache(Cache):
         self._follow_foreign_writes()
         if self._journal is not None:
             self._save("truncate", length, self.length)
-        if length < self.length:
-            # The position that follows is that of the first slot forgotten, whatever lies before it.
-            self._next_position = int(self._positions[length].ceil())
-            self._positions = self._positions[:length]
-            self._exact_length = min(self._exact_length, length)
-            self._set_length(length)
+        self._set_length(length)
+        self._follow_foreign_writes()
 
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
@@ -235,8 +247,8 @@ class EditableCache(Cache):
             raise CacheError("an edit is already open on this cache: finish it before starting another")
         self._follow_foreign_writes()
         journal = Journal(self.length, self._positions, self._next_position, self._exact_length)
-        self._journal = journal
         try:
+            self._journal = journal
             yield journal
         except BaseException:
             self._journal = None
@@ -252,7 +264,7 @@ class EditableCache(Cache):
         end: int,
         keys: bool = True,
         values: bool = True,
-    ) -> None:
+    ) -> Step:
         self._check_range(start, end)
         if self._journal is None:
             raise CacheError("in-place edits need an open journal: use `with cache.edit():`")
@@ -261,28 +273,34 @@ class EditableCache(Cache):
             (key.clone() if keys else None, value.clone() if values else None)
             for key, value in (self.read(start, end) if end > start else [])
         ]
-        self._journal.steps.append(Step(kind, start, end, states))
+        step = Step(kind, start, end, self.length, states)
+        self._journal.steps.append(step)
         if kind == "overwrite":
             self._journal.bytes_written += self._journal_bytes(end - start) // (1 if keys and values else 2)
         if end > start:
             self._exact_length = min(self._exact_length, start)
+        return step
 
     def _journal_bytes(self, slots: int) -> int:
         return self.nbytes // self.length * slots if self.length else 0
 
     def drop(self, start: int, end: int) -> None:
         """Remove slots `[start, end)`; later slots move up, their positions stay. Costs one move of the suffix."""
-        self._save("drop", start, end)
-        length = self.length
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                assert buffer is not None
-                # Source and target overlap, so the suffix goes through a temporary of one layer.
-                buffer[:, :, start : length - (end - start)] = buffer[:, :, end:length].clone()
+        step = self._save("drop", start, end)
+        length, buffers = self.length, self._buffers()
+        for index, buffer in enumerate(buffers):
+            # Source and target overlap, so the suffix goes through a temporary, kept while an interrupt may come.
+            suffix = buffer[:, :, end:length].clone()
+            step.moved = (index, suffix)
+            buffer[:, :, start : length - (end - start)] = suffix
+        step.moved = (len(buffers), None)
         assert self._journal is not None
         self._journal.bytes_written += self._journal_bytes(length - end)
         self._positions = torch.cat([self._positions[:start], self._positions[end:]])
         self._set_length(length - (end - start))
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None]
 
     def rotate(self, start: int, end: int, keys: Sequence[torch.Tensor], delta: float) -> None:
         """Replace the keys of slots `[start, end)` by re-rotated ones (one tensor a layer) and move them by `delta`.
@@ -337,18 +355,11 @@ class EditableCache(Cache):
             raise CacheError("an edit is open on this cache: finish it before reverting another")
         for step in reversed(journal.steps):
             start, end = step.start, step.end
+            for layer in self.layers:
+                layer.reserve(step.length)
             if step.kind == "drop":
-                length = self.length
-                for layer in self.layers:
-                    layer.reserve(length + end - start)
-                    for buffer in (layer.keys, layer.values):
-                        assert buffer is not None
-                        buffer[:, :, end : length + end - start] = buffer[:, :, start:length].clone()
-                self._set_length(length + end - start)
-            elif step.kind == "truncate":
-                for layer in self.layers:
-                    layer.reserve(end)
-                self._set_length(end)
+                self._move_back(step)
+            self._set_length(step.length)
             for layer, (key, value) in zip(self.layers, step.states, strict=False):
                 assert layer.keys is not None and layer.values is not None
                 if key is not None:
@@ -359,6 +370,15 @@ class EditableCache(Cache):
         self._positions = journal.positions
         self._next_position = journal.next_position
         self._exact_length = journal.exact_length
+
+    def _move_back(self, step: Step) -> None:
+        start, end, length = step.start, step.end, step.length
+        moved, moving = step.moved
+        for index, buffer in enumerate(self._buffers()):
+            if index < moved:
+                buffer[:, :, end:length] = buffer[:, :, start : length - (end - start)].clone()
+            elif index == moved and moving is not None:
+                buffer[:, :, end:length] = moving
 
     # Copies
 

@@ -23,6 +23,7 @@ class EditableLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
+        self.limit: int | None = None
         self.scattered: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -66,10 +67,16 @@ class EditableLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         if self.scattered is not None:
+            if key_states.shape[-2] != self.scattered.numel():
+                raise CacheError(
+                    f"the forward pass wrote {key_states.shape[-2]} slots where {self.scattered.numel()} were announced"
+                )
             self.keys.index_copy_(2, self.scattered, key_states)
             self.values.index_copy_(2, self.scattered, value_states)
         else:
             end = self.length + key_states.shape[-2]
+            if self.limit is not None and end > self.limit:
+                raise CacheError(f"the forward pass wrote up to slot {end} where it was to stop at {self.limit}")
             self.reserve(end)
             self.keys[:, :, self.length : end] = key_states
             self.values[:, :, self.length : end] = value_states

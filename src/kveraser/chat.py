@@ -1,23 +1,33 @@
-"""Chat messages through the model's own template, and where each of them stands in the rendered text."""
+"""Chat messages through the model's own template, and where each of them stands in the rendered text.
+
+Templates do more than concatenate: they trim, merge a system prompt into the first user turn, group tool results, drop
+earlier reasoning, refuse conversations. So nothing is assumed about them. Where a message stands is found by rendering
+the conversation with that message marked, ending there, and left out; what these don't agree on is not erasable as a
+turn.
+"""
 
 from __future__ import annotations
 
-import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from kveraser.errors import InputError
 from kveraser.spans import MessageRange
-
-ChatMessage = Mapping[str, Any]
-"""`{"role", "content"}`, and for tools `tool_calls` or `tool_call_id`, as the OpenAI chat format has them."""
+from kveraser.template import ChatMessage, Plain, apply, has_template, plain, render
 
 CONTENT = "\u2063content\u2063"
 """A text that no template alters and no message contains: marks where content goes."""
 
+LEAD = "\u2063lead\u2063"
+"""The same, for the message in front of the ones that are added to a conversation."""
+
 PLAIN_QUESTION = "\n\nQuestion: {question}\nAnswer:"
 """How a backbone without a chat template is asked."""
+
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -28,66 +38,183 @@ class Frame:
     closing: str
 
 
-def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer comes with a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
+class _Rendered:
+    """A rendered conversation that can be asked where its messages stand.
 
-
-def render(
-    tokenizer: Any,
-    messages: Sequence[ChatMessage],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    generation_prompt: bool = False,
-) -> str:
-    """The text of `messages` by the tokenizer's template.
-
-    Raises:
-        InputError: a message of the wrong form, no template, or the template refuses the conversation.
+    Args:
+        messages: the messages, after `plain`.
+        start: where the message numbered `first` begins, when that is known.
     """
-    if not has_template(tokenizer):
-        raise InputError("the backbone's tokenizer has no chat template: pass the context as text instead of messages")
-    plain = [_plain(tokenizer, index, message) for index, message in enumerate(messages)]
-    try:
-        rendered: str = tokenizer.apply_chat_template(
-            plain, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=generation_prompt
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        messages: list[Plain],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        first: int = 0,
+        start: int | None = None,
+    ) -> None:
+        self.tokenizer, self.messages, self.tools = tokenizer, messages, tools
+        self.first, self.given_start = first, start
+        self.text = apply(tokenizer, messages, tools)
+
+    def ranges(self) -> list[MessageRange]:
+        """Where the messages from `first` on stand."""
+        found = []
+        for index, message in list(enumerate(self.messages))[self.first :]:
+            turn, content = self._turn(index), self.contents[index] or (0, 0)
+            call, own_turn = message.get("tool_call_id"), turn is not None
+            found.append(MessageRange(message["role"], *(turn or content), *content, call, own_turn))
+        return found
+
+    def _render(self, messages: Sequence[Plain]) -> str | None:
+        """The text of a variant of the conversation; None where the template refuses it."""
+        try:
+            return apply(self.tokenizer, messages, self.tools) if messages else None
+        except InputError:
+            return None
+
+    def _marked(self, index: int) -> Plain:
+        return {**self.messages[index], "content": CONTENT}
+
+    @cached_property
+    def contents(self) -> list[Range | None]:
+        """Where each message's content stands, as the template trims it; None where it has none or is altered."""
+        # A template may leave out parts of a content (earlier reasoning) or its outer spaces, but not write another.
+        return [
+            place if place is not None and whole and self.text[slice(*place)] in message["content"] else None
+            for message, (place, whole) in zip(self.messages, self._places, strict=True)
+        ]
+
+    @cached_property
+    def _places(self) -> list[tuple[Range | None, bool]]:
+        """What changes with each message's content, and whether that is the content and nothing else."""
+        return [self._place(index) for index in range(len(self.messages))]
+
+    def _place(self, index: int) -> tuple[Range | None, bool]:
+        marked = self._render([*self.messages[:index], self._marked(index), *self.messages[index + 1 :]])
+        if marked is None or not self.messages[index]["content"].strip():
+            return None, False
+        opening, marker, closing = marked.partition(CONTENT)
+        start, end = len(opening), len(self.text) - len(closing)
+        if marker and start < end and self.text.startswith(opening) and self.text.endswith(closing):
+            return (start, end), True
+        return self._changed(marked), False
+
+    def _changed(self, other: str) -> Range | None:
+        """The part of the text that a variant has otherwise."""
+        start = _common(self.text, other)
+        end = len(self.text) - _common(self.text[::-1], other[::-1])
+        return (start, max(start + 1, end)) if other != self.text else None
+
+    @cached_property
+    def _tools_place(self) -> Range | None:
+        """A part of the tool descriptions, which belong to no message."""
+        parameters: dict[str, Any] = {"type": "object", "properties": {}}
+        extra = {"type": "function", "function": {"name": "a", "description": "b", "parameters": parameters}}
+        try:
+            return self._changed(apply(self.tokenizer, self.messages, [*self.tools, extra])) if self.tools else None
+        except InputError:
+            return None
+
+    @cached_property
+    def ends(self) -> list[int | None]:
+        """Where each turn ends, as far as rendering the conversation up to it tells."""
+        return [self._end(index) for index in range(len(self.messages))]
+
+    def _end(self, index: int) -> int | None:
+        if index == len(self.messages) - 1:
+            return len(self.text)
+        part = self._render(self.messages[: index + 1])
+        if part is not None and self.text.startswith(part):
+            return len(part)
+        # Rewritten by what follows (reasoning dropped): the turn still ends as it would have ended the conversation.
+        content, marked = self.contents[index], self._render([*self.messages[:index], self._marked(index)])
+        if content is None or marked is None or marked.count(CONTENT) != 1:
+            return None
+        closing = marked.partition(CONTENT)[2]
+        return content[1] + len(closing) if self.text.startswith(closing, content[1]) else None
+
+    def _start(self, index: int) -> int | None:
+        if index > self.first:
+            return self.ends[index - 1]
+        return self.given_start if self.given_start is not None else self.preamble
+
+    @cached_property
+    def preamble(self) -> int:
+        """How many characters the template writes in front of the first message."""
+        end = self.ends[0]
+        removed = self._removable(0)
+        if removed is not None and end is not None:
+            length, low, high = removed
+            if low <= end - length <= high:
+                return end - length
+        first, once = self.messages[0], self._render(self.messages[:1])
+        for between in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": "a"}]):
+            base, twice = self._render([first, *between]), self._render([first, *between, first])
+            if once is None or base is None or twice is None or not twice.startswith(base):
+                continue
+            turn = twice[len(base) :]
+            if turn and once.endswith(turn) and self.text.startswith(once):
+                return len(once) - len(turn)
+        marker = getattr(self.tokenizer, "bos_token", None) or ""
+        # One that opens the text and no turn.
+        return len(marker) if marker and self.text.startswith(marker) and self.text.count(marker) == 1 else 0
+
+    def _removable(self, index: int) -> tuple[int, int, int] | None:
+        """How rendering without a message relates to the text: the length of what goes, and its possible starts.
+
+        What goes may begin at several places when text repeats at its borders; removing it is the same from each.
+        """
+        rest = self._render([*self.messages[:index], *self.messages[index + 1 :]])
+        if rest is None or len(rest) >= len(self.text):
+            return None
+        low = len(rest) - _common(self.text[::-1], rest[::-1])
+        high = _common(self.text, rest)
+        return (len(self.text) - len(rest), low, high) if low <= high else None
+
+    def _turn(self, index: int) -> Range | None:
+        start, end = self._start(index), self.ends[index]
+        turn = (start, end) if start is not None and end is not None and self._holds_only(index, start, end) else None
+        if turn is not None and index > 0:
+            return turn
+        # The first message may share its turn with the template's own words: without it, those stay.
+        removed = self._removable(index)
+        if removed is None:
+            return turn
+        length, low, high = removed
+        first, last = self.contents[index] or (high, low + length)
+        low, high = max(low, last - length), min(high, first)
+
+        def merit(place: int) -> tuple[bool, bool, int]:
+            """A turn's known border; no token cut; as much of the markers before the content as behind it."""
+            cut = place not in self._borders or place + length not in self._borders
+            return place in (start, (end or 0) - length), not cut, min(first - place, place + length - last)
+
+        place = max(range(low, high + 1), key=merit, default=None)
+        fits = place is not None and self._holds_only(index, place, place + length)
+        return (place, place + length) if place is not None and fits else turn
+
+    @cached_property
+    def _borders(self) -> set[int]:
+        """Where tokens begin or end."""
+        encoded = self.tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True)
+        return {border for offsets in encoded["offset_mapping"] for border in offsets}
+
+    def _holds_only(self, index: int, start: int, end: int) -> bool:
+        """Whether `[start, end)` holds this message's content and nothing of the others'."""
+        own, _ = self._places[index]
+        others = [place for other, (place, _) in enumerate(self._places) if other != index]
+        return (
+            start < end
+            and (own is None or (start <= own[0] and own[1] <= end))
+            and all(other is None or other[1] <= start or end <= other[0] for other in [*others, self._tools_place])
         )
-    except Exception as error:
-        raise InputError(f"the backbone's chat template refuses this conversation: {error}") from error
-    return rendered
 
 
-def _plain(tokenizer: Any, index: int, message: ChatMessage) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InputError(f"message {index} is {message!r}: a message is an object with a role and content")
-    content = message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            raise InputError(f"message {index} has content that is not text: only text parts can be read")
-        content = "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise InputError(f"message {index} has content {content!r}: give a text")
-    plain = {**message, "content": content or ""}
-    calls = message.get("tool_calls")
-    if content is None and not calls:
-        raise InputError(f"message {index} ({message['role']}) has neither content nor tool_calls")
-    if calls and "tool_calls" not in str(tokenizer.chat_template):
-        # The template would drop the calls without a word; written out in the widespread form, the model sees them.
-        written = [f"<tool_call>\n{json.dumps(_function(index, call))}\n</tool_call>" for call in calls]
-        plain["content"] = "\n".join([*([plain["content"]] if plain["content"] else []), *written])
-        del plain["tool_calls"]
-    return plain
-
-
-def _function(index: int, call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or "name" not in function:
-        raise InputError(f"message {index} has a tool call {call!r}: give it a function with name and arguments")
-    arguments = function.get("arguments", {})
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as error:
-        raise InputError(f"message {index} has tool call arguments that are not JSON: {arguments!r}") from error
-    return {"name": function["name"], "arguments": arguments}
+def _common(one: str, other: str) -> int:
+    """Length of the common beginning of two texts."""
+    return bisect_left(range(1, min(len(one), len(other)) + 1), True, key=lambda size: one[:size] != other[:size])
 
 
 def render_with_ranges(
@@ -95,80 +222,85 @@ def render_with_ranges(
 ) -> tuple[str, list[MessageRange]]:
     """The rendered conversation and where each message stands in it, in characters.
 
-    Message `i` is what rendering it adds to the messages before it. What the template puts in front of the first
-    message (a default system prompt) belongs to no message.
+    What the template puts in front of the first message (a default system prompt) belongs to no message.
 
     Raises:
-        InputError: see `render`; also a template that rewrites earlier messages, where message ranges mean nothing.
+        InputError: see `render`; also an empty conversation.
     """
-    if not messages:
+    read = plain(tokenizer, messages)
+    if not read:
         raise InputError("the conversation is empty: give at least one message")
-    text = render(tokenizer, messages, tools)
-    ends: list[int | None] = []
-    for count in range(1, len(messages)):
-        try:
-            part = render(tokenizer, messages[:count], tools)
-        except InputError:
-            # Some templates refuse to stop here (a lone system message): the next message takes it along.
-            ends.append(None)
-            continue
-        if not text.startswith(part):
-            raise InputError(
-                f"the chat template rewrites earlier messages when message {count} follows, so messages have no fixed "
-                "place: render the conversation yourself and pass it as text"
-            )
-        ends.append(len(part))
-    ends.append(len(text))
-    start = len(_preamble(tokenizer, messages, tools))
-    ranges: list[MessageRange] = []
-    for index, message in enumerate(messages):
-        end = ends[index]
-        if end is None:
-            end = start
-        ranges.append(turn_range(_plain(tokenizer, index, message), text[start:end], start))
-        start = end
-    return text, ranges
+    rendered = _Rendered(tokenizer, read, tools)
+    return rendered.text, rendered.ranges()
 
 
-def _preamble(tokenizer: Any, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """What the template writes before the first message: found by writing that message twice."""
-    first = messages[0]
-    for between in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": "a"}]):
-        try:
-            once = render(tokenizer, [first], tools)
-            base = render(tokenizer, [first, *between], tools)
-            twice = render(tokenizer, [first, *between, first], tools)
-        except InputError:
-            continue
-        turn = twice[len(base) :]
-        if twice.startswith(base) and turn and once.endswith(turn):
-            return once[: -len(turn)]
-    return ""
+def continuation(
+    tokenizer: Any, messages: Sequence[ChatMessage], generation_prompt: bool = False
+) -> tuple[str, list[MessageRange]]:
+    """The text that more messages add to a conversation under way, and where each of them stands in that text.
+
+    Args:
+        generation_prompt: add the opening of the reply as well.
+
+    Raises:
+        InputError: see `render`; also a template that gives what follows a turn no fixed form.
+    """
+    added = plain(tokenizer, messages)
+    if not added:
+        return "", []
+    lead: list[Plain] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": LEAD}]
+    if added[0]["role"] == "assistant":
+        lead = [{"role": "user", "content": LEAD}]
+    closing = apply(tokenizer, lead, None).partition(LEAD)[2]
+    text = apply(tokenizer, [*lead, *added], None, generation_prompt)
+    before, marker, after = text.partition(LEAD)
+    if not marker or not after.startswith(closing):
+        raise InputError(
+            "the chat template rewrites earlier messages, so a conversation can't be continued in place: "
+            "start a new session with all messages"
+        )
+    base = len(before) + len(marker) + len(closing)
+    ranges = _Rendered(tokenizer, [*lead, *added], first=len(lead), start=base).ranges()
+    return text[base:], [moved(place, -base) for place in ranges]
+
+
+def moved(place: MessageRange, distance: int) -> MessageRange:
+    """A message's range, `distance` characters further on."""
+    return replace(
+        place,
+        start=place.start + distance,
+        end=place.end + distance,
+        content_start=place.content_start + distance,
+        content_end=place.content_end + distance,
+    )
 
 
 def as_turn(tokenizer: Any, message: ChatMessage, generation_prompt: bool = False) -> str:
     """The text that one more message adds to a conversation under way, and the opening of the reply if asked for."""
-    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if message.get("role") == "assistant":
-        before = before[:1]
-    base = render(tokenizer, before)
-    extended = render(tokenizer, [*before, message], generation_prompt=generation_prompt)
-    if not extended.startswith(base):
-        raise InputError("the chat template rewrites earlier messages, so a conversation can't be continued in place")
-    return extended[len(base) :]
+    return continuation(tokenizer, [message], generation_prompt)[0]
 
 
 def first_turn_frame(tokenizer: Any) -> Frame:
-    """The text around the words of a first user turn, so that a document can be prefilled and its turn left open."""
-    rendered = render(tokenizer, [{"role": "user", "content": CONTENT}])
-    opening, _, closing = rendered.partition(CONTENT)
+    """The text around the words of a first user turn, so that a document can be prefilled and its turn left open.
+
+    Raises:
+        InputError: the template does not show a user's words as they are.
+    """
+    opening, marker, closing = render(tokenizer, [{"role": "user", "content": CONTENT}]).partition(CONTENT)
+    if not marker:
+        raise InputError("the chat template does not show a user's words as they are: use a model with another one")
     return Frame(opening, closing)
+
+
+def first_turn_start(tokenizer: Any) -> int:
+    """Where the turn begins that `first_turn_frame` opens: behind a default system prompt."""
+    return _Rendered(tokenizer, [{"role": "user", "content": CONTENT}]).preamble
 
 
 def reply_opening(tokenizer: Any) -> str:
     """The text that opens an assistant's turn."""
     message = [{"role": "user", "content": "a"}]
-    return render(tokenizer, message, generation_prompt=True)[len(render(tokenizer, message)) :]
+    return render(tokenizer, message, generation_prompt=True).removeprefix(render(tokenizer, message))
 
 
 def reply_closing(tokenizer: Any) -> str:
@@ -182,8 +314,8 @@ def question_text(tokenizer: Any, question: str, turn_open: bool) -> str:
     Raises:
         InputError: the question is empty.
     """
-    if not question.strip():
-        raise InputError("the question is empty: give some text")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"the question is empty or no text ({question!r}): give some words")
     if not has_template(tokenizer):
         return PLAIN_QUESTION.format(question=question)
     if turn_open:
@@ -191,11 +323,8 @@ def question_text(tokenizer: Any, question: str, turn_open: bool) -> str:
     return as_turn(tokenizer, {"role": "user", "content": question}, generation_prompt=True)
 
 
-def turn_range(message: ChatMessage, turn: str, start: int) -> MessageRange:
-    """Where a message stands whose rendered `turn` begins at character `start`."""
-    content = message.get("content")
-    words = content.strip() if isinstance(content, str) else ""
-    place = turn.find(words) if words else -1
-    end = start + len(turn)
-    inside = (start + place, start + place + len(words)) if place >= 0 else (end, end)
-    return MessageRange(str(message["role"]), start, end, *inside, message.get("tool_call_id"))
+__all__ = [
+    "CONTENT", "PLAIN_QUESTION", "ChatMessage", "Frame", "as_turn", "continuation", "first_turn_frame",
+    "first_turn_start", "has_template", "moved", "question_text", "render", "render_with_ranges", "reply_closing",
+    "reply_opening",
+]  # fmt: skip

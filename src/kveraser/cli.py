@@ -11,6 +11,7 @@ import typer
 
 from kveraser.console import RECEIPT_COLUMNS, bar, emit, print_answers, print_document, print_rows, receipt_row, say
 from kveraser.errors import InputError, KVEraserError, MethodError
+from kveraser.train.commands import data, train
 
 if TYPE_CHECKING:
     from kveraser.backbone import Backbone
@@ -31,6 +32,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure methods on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
+app.command()(train)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
 Model = Annotated[str, typer.Option(help="Hub id, folder, or the bundled smollm2-135m-instruct.")]

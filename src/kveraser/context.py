@@ -73,8 +73,8 @@ class Context:
     ) -> None:
         if (text is None) == (messages is None):
             raise InputError("give a session either text or messages")
-        if text is not None and not text.strip():
-            raise InputError("the text is empty: give the context to read")
+        if text is not None and (not isinstance(text, str) or not text.strip()):
+            raise InputError(f"the text is empty or no text ({text!r}): give the context to read")
         if isinstance(backbone, Backbone):
             if device is not None or dtype is not None:
                 raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
@@ -92,11 +92,11 @@ class Context:
         ranges: list[MessageRange] = []
         if messages is not None:
             text, ranges = chat.render_with_ranges(backbone.tokenizer, messages, tools)
-            offset = ranges[0].start
+            offset = min(message.start for message in ranges)
         else:
             opening = chat.first_turn_frame(backbone.tokenizer).opening if self.turn_open else ""
             text, offset = opening + (text or ""), len(opening)
-        tokens, offsets = self.backbone.tokenize(text, special=not self.turn_open and messages is None)
+        tokens, offsets = self._tokenize(text, special=not self.turn_open and messages is None)
         self.cache = backbone.prefill(tokens, progress)
         self.transcript.append(text, tokens, offsets)
         self.transcript.messages = ranges
@@ -129,12 +129,7 @@ class Context:
     @property
     def text(self) -> str:
         """The live text: everything read or said that has not been erased."""
-        transcript, pieces, end = self.transcript, [], 0
-        for live, (start, stop) in zip(transcript.live, transcript.offsets, strict=True):
-            if live:
-                pieces.append(transcript.text[max(start, end) : stop])
-            end = max(end, stop)
-        return "".join(pieces)
+        return self.transcript.live_text(0, len(self.transcript.tokens))
 
     @property
     def live_tokens(self) -> list[int]:
@@ -171,6 +166,8 @@ class Context:
         self._check_idle()
         if (text is None) == (messages is None):
             raise InputError("append either text or messages")
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"the text is {text!r}: give the context to add")
         tokenizer = self.backbone.tokenizer
         ranges: list[MessageRange] = []
         if text is not None:
@@ -180,14 +177,11 @@ class Context:
         else:
             if self.turn_open or not chat.has_template(tokenizer):
                 raise InputError("this is a text session: append text, not messages")
-            base, added = len(self.transcript.text), ""
-            for message in messages or ():
-                turn = chat.as_turn(tokenizer, message)
-                ranges.append(chat.turn_range(message, turn, base + len(added)))
-                added += turn
+            added, ranges = chat.continuation(tokenizer, messages or ())
+            ranges = [chat.moved(place, len(self.transcript.text)) for place in ranges]
         if not added:
             raise InputError("nothing to append: give some text or messages")
-        piece, marks = Piece(added, *self.backbone.tokenize(added)), self._marks()
+        piece, marks = Piece(added, *self._tokenize(added)), self._marks()
         self.backbone.extend(self.cache, piece.tokens, progress)
         self._adopt([piece], ranges)
         self._history.append(marks)
@@ -221,10 +215,20 @@ class Context:
         )
         return type(self).restore(
             self.backbone, self.cache.fork(), transcript, slots=self.slots, receipts=self.receipts,
-            turn_open=self.turn_open, body_start=self.transcript.body_start, tools=self.tools, history=self._history,
+            turn_open=self.turn_open, tools=self.tools, history=self._history,
         )  # fmt: skip
 
     # Bookkeeping
+
+    def _tokenize(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `Backbone.tokenize`, but text that no tokenizer takes is an `InputError`."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
+            ) from error
+        return self.backbone.tokenize(text, special)
 
     def _marks(self) -> Marks:
         transcript = self.transcript

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ class Decoding:
         temperature, top_p, top_k: as in transformers; used when sampling.
         repetition_penalty: as in transformers; 1 is none. The question counts, the context does not.
         seed: of the sampler.
-        stop: texts at which to stop; they are not part of the answer.
+        stop: texts at which to stop; they are not part of the answer's text, but of its tokens.
         logits_processors: further transformers `LogitsProcessor`s, applied first.
         stopping_criteria: further transformers `StoppingCriteria`.
     """
@@ -47,14 +50,20 @@ class Decoding:
     stopping_criteria: tuple[StopRule, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}: ask for at least 1")
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise InputError(
-                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}: "
-                "temperature is above 0, top_p in (0, 1], top_k at least 0; for greedy answers leave do_sample off"
-            )
-        if not isinstance(self.stop, tuple | list) or not all(self.stop):
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens!r}: ask for at least 1")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < inf or (name == "top_p" and value > 1):
+                wanted = "in (0, 1]" if name == "top_p" else "above 0"
+                raise InputError(
+                    f"{name} is {value!r}, but it is a number {wanted}; for greedy answers leave do_sample off"
+                )
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k!r}, but it is a count, 0 for no limit")
+        if self.seed is not None and type(self.seed) is not int:
+            raise InputError(f"seed is {self.seed!r}: give a whole number, or None")
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise InputError(f"stop is {self.stop!r}: give a tuple of texts, none of them empty")
 
     def processors(self) -> Any:
@@ -69,24 +78,27 @@ class Decoding:
 
         processors = LogitsProcessorList(self.logits_processors)
         if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         if self.do_sample:
             if self.temperature != 1:
-                processors.append(TemperatureLogitsWarper(self.temperature))
+                processors.append(TemperatureLogitsWarper(float(self.temperature)))
             if self.top_k:
                 processors.append(TopKLogitsWarper(self.top_k))
             if self.top_p < 1:
                 processors.append(TopPLogitsWarper(self.top_p))
         return processors
 
-    def criteria(self, tokenizer: Any) -> Any:
-        """The transformers `StoppingCriteriaList` for these settings."""
-        from transformers import StoppingCriteriaList, StopStringCriteria
+    def stops(self, tokenizer: Any, answer: Sequence[int]) -> bool:
+        """Whether a stop text stands at the end of an answer.
 
-        criteria = StoppingCriteriaList(self.stopping_criteria)
-        if self.stop:
-            criteria.append(StopStringCriteria(tokenizer, list(self.stop)))
-        return criteria
+        Looked for in the text, not in the tokens: a character may be spread over several.
+        """
+        if not self.stop:
+            return False
+        # No character has more than four bytes, and no token less than one.
+        tail = list(answer[-4 * max(map(len, self.stop)) - 4 :])
+        texts = [tokenizer.decode(tail, skip_special_tokens=skip) for skip in (True, False)]
+        return any(stop in text for stop in self.stop for text in texts)
 
 
 def end_tokens(backbone: Backbone) -> frozenset[int]:
@@ -98,35 +110,37 @@ def end_tokens(backbone: Backbone) -> frozenset[int]:
 
 def generate(
     backbone: Backbone, cache: EditableCache, prompt: Sequence[int], decoding: Decoding
-) -> Iterator[tuple[int, bool]]:
-    """Append `prompt` and decode, one `(token, ends)` at a time; end tokens are not yielded.
+) -> Generator[int, None, bool]:
+    """Append `prompt` and decode, one token at a time; end tokens are not yielded.
 
-    The last token yielded is not in the cache. `ends` tells that a stop text or criterion fired with this token.
+    The last token yielded is not in the cache. The generator's return value tells whether the answer came to its end
+    (an end token, a stop text or criterion) rather than to a limit.
 
     Raises:
         ContextLengthError: the prompt does not fit; decoding itself stops at the last position.
     """
-    ends = end_tokens(backbone)
-    processors, criteria = decoding.processors(), decoding.criteria(backbone.tokenizer)
+    ends, processors = end_tokens(backbone), decoding.processors()
     generator = torch.Generator().manual_seed(decoding.seed) if decoding.seed is not None else None
-    seen = torch.tensor([list(prompt)])
+    seen, answer = torch.tensor([list(prompt)]), list[int]()
     feed: Sequence[int] = prompt
     for _ in range(decoding.max_new_tokens):
         if backbone.max_positions is not None and feed is not prompt and cache.next_position >= backbone.max_positions:
-            return
+            return False
         scores = processors(seen, backbone.logits(cache, feed).cpu())
         if decoding.do_sample:
             token = int(torch.multinomial(scores[0].softmax(dim=-1), 1, generator=generator))
         else:
             token = int(scores[0].argmax())
         if token in ends:
-            return
+            return True
+        answer.append(token)
         seen = torch.cat([seen, torch.tensor([[token]])], dim=1)
-        stopped = bool(len(criteria)) and bool(torch.as_tensor(criteria(seen, scores)).all())
-        yield token, stopped
-        if stopped:
-            return
+        stopped = [bool(torch.as_tensor(rule(seen, scores)).all()) for rule in decoding.stopping_criteria]
+        yield token
+        if any(stopped) or decoding.stops(backbone.tokenizer, answer):
+            return True
         feed = [token]
+    return False
 
 
 @dataclass(frozen=True)
@@ -143,20 +157,38 @@ def stream_text(
 ) -> Generator[str, None, Decoded]:
     """As `generate`, in pieces of text that never end inside a character or show part of a stop text."""
     tokens: list[int] = []
-    shown, stopped = "", False
+    shown = ""
 
     def text() -> str:
         return _cut(backbone.tokenizer.decode(tokens, skip_special_tokens=True), decoding.stop)
 
-    for token, stopped in generate(backbone, cache, prompt, decoding):
-        tokens.append(token)
-        ready = text() if stopped else _without_partial(text(), decoding.stop)
+    steps = generate(backbone, cache, prompt, decoding)
+    while True:
+        try:
+            tokens.append(next(steps))
+        except StopIteration as finished:
+            ended = bool(finished.value)
+            break
+        ready = _without_partial(text(), decoding.stop)
         if len(ready) > len(shown):
             yield ready[len(shown) :]
             shown = ready
     if len(text()) > len(shown):
         yield text()[len(shown) :]
-    return Decoded(tuple(tokens), text(), stopped or len(tokens) < decoding.max_new_tokens)
+    return Decoded(tuple(tokens), text(), ended)
+
+
+def text_with_offsets(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of decoded tokens, and the `(start, end)` of each in it, in characters.
+
+    Tokens that only together make a character all span it.
+    """
+    text: str = tokenizer.decode(tokens)
+    finished = [len(tokenizer.decode(tokens[: count + 1]).rstrip("\ufffd")) for count in range(len(tokens))]
+    reached = [min(size, len(text)) for size in accumulate(finished, max)]
+    starts = [0, *reached[:-1]]
+    ends = [reached[place] if (place := bisect_right(reached, start)) < len(reached) else len(text) for start in starts]
+    return text, list(zip(starts, ends, strict=True))
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
@@ -186,8 +218,10 @@ def rewound(cache: EditableCache) -> Iterator[None]:
 def score(backbone: Backbone, cache: EditableCache, prompt: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
     """Teacher-forced log-probabilities of every token at each place of `answer`, float32 `[answer, vocabulary]`.
 
-    The cache is left as it was. The answer starts at the cache's own next position, after the prompt.
+    The cache is left as it was. The answer starts at the cache's own next position, after the prompt; neither is empty.
     """
+    if not prompt or not answer:
+        raise InputError(f"nothing to score: {len(prompt)} tokens of question, {len(answer)} of answer")
     with rewound(cache):
         logits = backbone.logits(cache, [*prompt, *answer[:-1]], keep=len(answer))
     return logits.log_softmax(dim=-1)
@@ -196,4 +230,4 @@ def score(backbone: Backbone, cache: EditableCache, prompt: Sequence[int], answe
 def greedy(backbone: Backbone, cache: EditableCache, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """The greedy answer's tokens, without the end token; the cache is left as it was."""
     with rewound(cache):
-        return [token for token, _ in generate(backbone, cache, prompt, Decoding(max_new_tokens=max_new_tokens))]
+        return list(generate(backbone, cache, prompt, Decoding(max_new_tokens=max_new_tokens)))

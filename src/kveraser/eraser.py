@@ -19,6 +19,7 @@ LAYOUTS: tuple[Layout, ...] = ("keep", "closed")
 
 ADAPTER_NAME = "eraser"
 SETTINGS_FILE = "kveraser.json"
+NOT_PLAIN = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication")
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -156,13 +157,18 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
         config = PeftConfig.from_pretrained(str(folder))
         settings_file = folder / SETTINGS_FILE
         settings = EraserSettings(**json.loads(settings_file.read_text("utf-8"))) if settings_file.is_file() else None
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise EraserError(f"{source}: its configuration can't be read ({error}): copy the folder again") from error
     settings = settings or EraserSettings()
-    if settings.layout not in LAYOUTS or not isinstance(settings.repair, int) or settings.repair < 0:
+    if settings.layout not in LAYOUTS or type(settings.repair) is not int or settings.repair < 0:
         raise EraserError(f"{source}: {SETTINGS_FILE} holds {settings}: layout is keep or closed, repair a count >= 0")
     if config.peft_type != PeftType.LORA:
         raise EraserError(f"{source} is a {config.peft_type} adapter: an eraser is a LoRA")
+    extras = [name for name in NOT_PLAIN if getattr(config, name, None)]
+    if extras:
+        raise EraserError(f"{source} is a LoRA with {extras[0]}: an eraser is a plain LoRA")
+    if type(config.lora_alpha) not in (int, float):
+        raise EraserError(f"{source}: its configuration can't be read (lora_alpha is {config.lora_alpha!r})")
     try:
         tensors = load_file(str(folder / "adapter_model.safetensors"))
     except (SafetensorError, OSError, ValueError) as error:
@@ -181,43 +187,52 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def _features(module: Any) -> tuple[int, int]:
-    base = getattr(module, "base_layer", module)
-    if type(base).__name__ == "Conv1D":
-        return int(base.weight.shape[0]), int(base.weight.shape[1])
-    return int(base.in_features), int(base.out_features)
+    if type(module).__name__ == "Conv1D":
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return int(module.in_features), int(module.out_features)
 
 
 def _check_fits(config: Any, tensors: dict[str, torch.Tensor], model: Any, source: str) -> None:
     """Compare every matrix with the module it is for, before anything is injected."""
-    modules = dict(model.named_modules())
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    # Under an earlier eraser the linear layers are wrapped, and keep their names.
+    modules = {
+        name.removesuffix(".base_layer"): module for name, module in model.named_modules() if ".lora_" not in name
+    }
+    targets = [name for name in modules if check_target_module_exists(config, name)]
     differences: list[str] = []
-    seen: set[str] = set()
+    matrices: dict[tuple[str, str], torch.Tensor] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight", key)
-        if match is None:
+        name, side = match.groups() if match else ("", "")
+        if match is None or tensor.dim() != 2:
             differences.append(f"{key} is not a LoRA matrix")
-            continue
-        name, side = match.groups()
-        if name not in modules:
+        elif name not in modules:
             differences.append(f"the backbone has no {name}")
+        elif name not in targets:
+            differences.append(f"the adapter's configuration does not target {name}")
+        matrices[name, side] = tensor
+    for name in targets:
+        if not _is_linear(modules[name]):
+            differences.append(f"the backbone's {name} is not a linear layer")
             continue
-        seen.add(name)
         in_features, out_features = _features(modules[name])
-        adapter, backbone = (tensor.shape[1], in_features) if side == "A" else (tensor.shape[0], out_features)
-        if adapter != backbone:
-            differences.append(f"{name} has {backbone} {'inputs' if side == 'A' else 'outputs'}, the adapter {adapter}")
-    targets = config.target_modules if not isinstance(config.target_modules, str) else ()
-    for name in modules:
-        plain = name.removesuffix(".base_layer")
-        if plain.rsplit(".", 1)[-1] in targets and plain not in seen and not differences:
-            differences.append(f"the adapter has no matrices for {plain}")
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        for side, wanted in (("A", (rank, in_features)), ("B", (out_features, rank))):
+            matrix = matrices.get((name, side))
+            if matrix is None:
+                differences.append(f"the adapter has no lora_{side} for {name}")
+            elif tuple(matrix.shape) != wanted:
+                differences.append(f"lora_{side} of {name} is {list(matrix.shape)}, and should be {list(wanted)}")
     if not tensors:
         differences.append("the adapter is empty")
     if differences:
         made_for = getattr(config, "base_model_name_or_path", None) or "an unnamed model"
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
         raise EraserError(
-            f"{source} was made for another backbone ({made_for}, not {model.config.name_or_path or 'this one'}): "
+            f"{source} (made for {made_for}) does not fit the backbone {model.config.name_or_path or 'in use'}: "
             + "; ".join(differences[:3])
             + more
             + ". Load the backbone it was trained for, or train one for this."
@@ -232,7 +247,8 @@ def _inject(model: Any, config: Any, tensors: dict[str, torch.Tensor] | None) ->
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.delete_adapter(ADAPTER_NAME)
-        model.peft_config.pop(ADAPTER_NAME, None)
+        # PEFT warns of a second adapter where it finds the attribute.
+        del model.peft_config
     config.inference_mode = False
     inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     if tensors is not None:

@@ -44,13 +44,16 @@ class SpanError(KVEraserError):
 
 
 class AmbiguousSpanError(SpanError):
-    """The text to erase occurs several times; `occurrences` lists (start, end) in characters."""
+    """The text to erase occurs several times; `occurrences` lists (start, end) in characters, `shown` the context of
+    the first few."""
 
     def __init__(self, text: str, occurrences: Sequence[tuple[int, int]], shown: Sequence[str]) -> None:
         listing = "; ".join(
             f"occurrence {number} at characters {start}-{end}: {context!r}"
-            for number, ((start, end), context) in enumerate(zip(occurrences, shown, strict=True), start=1)
+            for number, ((start, end), context) in enumerate(zip(occurrences, shown, strict=False), start=1)
         )
+        if len(shown) < len(occurrences):
+            listing += f"; and {len(occurrences) - len(shown)} more"
         super().__init__(
             f"{text!r} occurs {len(occurrences)} times. Say which with occurrence=1..{len(occurrences)}: {listing}"
         )

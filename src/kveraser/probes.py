@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import get_args
 
+from kveraser.errors import InputError
 from kveraser.receipt import ProbeKind
 
 
@@ -22,6 +24,14 @@ class Probe:
     question: str
     kind: ProbeKind = "influence"
     answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.question, str) or not self.question.strip():
+            raise InputError(f"a probe's question is {self.question!r}: give some text")
+        if self.kind not in get_args(ProbeKind):
+            raise InputError(f"a probe's kind is {self.kind!r}, but it is one of {', '.join(get_args(ProbeKind))}")
+        if self.answer is not None and (not isinstance(self.answer, str) or not self.answer):
+            raise InputError(f"a probe's answer is {self.answer!r}: give some text, or None for the model's own")
 
 
 def default_probes(before: str, erased: str, after: str) -> list[Probe]:
@@ -58,8 +68,20 @@ def default_probes(before: str, erased: str, after: str) -> list[Probe]:
 def default_secrets(erased: str, remaining: str) -> list[str]:
     """Numbers and names of the erased text that stand nowhere else; the whole text if there are none."""
     candidates = re.findall(r"[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*|[\w-]*\d[\w.:/-]*\w|\d", erased)
-    found = [candidate for candidate in dict.fromkeys(candidates) if candidate not in remaining]
+    found = [candidate for candidate in dict.fromkeys(candidates) if not mentions(remaining, candidate)]
     return found or [erased]
+
+
+def mentions(text: str, secret: str) -> bool:
+    """Whether a text gives a secret away: in any case and spacing, and not merely inside a longer word or number."""
+    words = secret.lower().split()
+    if not words:
+        return False
+    # Only where letters are written without spaces between words may the neighbours be letters as well.
+    edge = "[a-z0-9]"
+    before = f"(?<!{edge})" if re.match(edge, words[0]) else ""
+    after = f"(?!{edge})" if re.search(f"{edge}$", words[-1]) else ""
+    return re.search(before + r"\s+".join(map(re.escape, words)) + after, text.lower()) is not None
 
 
 def _sentences(text: str) -> list[str]:

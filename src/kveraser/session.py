@@ -1,150 +1,32 @@
-"""A session: a context that can be asked, erased from, audited, saved; undo and fork come with the context."""
+"""A session: a dialogue over a live cache that can be erased from, audited and saved."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kveraser import chat
 from kveraser.audit import PreparedProbe, References, audit
 from kveraser.backbone import Backbone, Progress
 from kveraser.cache import EditableCache
-from kveraser.context import Context, Piece
-from kveraser.decode import Decoded, Decoding, stream_text
-from kveraser.errors import InputError, KVEraserError, MethodError, SessionError
+from kveraser.dialogue import Answer, Dialogue
+from kveraser.errors import ContextLengthError, InputError, KVEraserError, MethodError, SessionError
 from kveraser.methods import METHODS, NOT_LIVE, Method, default_method, make_method
 from kveraser.probes import Probe, default_probes, default_secrets
 from kveraser.receipt import Audit, Receipt
-from kveraser.spans import Erasable, MessageRange, Span, resolve
+from kveraser.spans import Erasable, Span, resolve
 
 AUTO_PROBE_BUDGET = 0.02
 """Default KL budget of method="auto", nats per answer token."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A decoded answer.
-
-    Attributes:
-        text: the answer, without end markers.
-        tokens: its token ids.
-        finish_reason: `stop` (the model ended, or a stop text came) or `length`.
-        prompt_tokens: tokens run before the first one of the answer.
-        first_token_seconds, seconds: wall-clock time to the first token, and in all.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    first_token_seconds: float
-    seconds: float
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class Session(Context):
+class Session(Dialogue):
     """A context and its live KV cache, with the verbs that people use. Takes the arguments of `Context`."""
-
-    # Asking
-
-    def ask(self, question: str, *, keep: bool = False, **decoding: Any) -> Answer:
-        """Ask about the context.
-
-        Args:
-            question: the user's words; the chat template's markers are added.
-            keep: continue the conversation with question and answer; otherwise the session stays as it was, so that
-                one question never colours the next.
-            decoding: fields of `Decoding`: max_new_tokens, do_sample, temperature, top_p, stop, seed, ...
-
-        Raises:
-            ContextLengthError, InputError, SessionError: the session is as before.
-        """
-        stream = self.stream(question, keep=keep, **decoding)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as finished:
-                answer: Answer = finished.value
-                return answer
-
-    def stream(self, question: str, *, keep: bool = False, **decoding: Any) -> Generator[str, None, Answer]:
-        """As `ask`, yielding the answer's text in pieces; the generator's return value is the `Answer`.
-
-        Until it is exhausted or closed, the session takes no other call. Closed early, nothing is kept.
-        """
-        try:
-            settings = Decoding(**decoding)
-        except TypeError as error:
-            raise InputError(f"ask takes no such setting: {error}") from error
-        self._check_idle()
-        text = chat.question_text(self.backbone.tokenizer, question, self.turn_open)
-        prompt = Piece(text, *self.backbone.tokenize(text))
-        self.backbone.check_room(self.cache.next_position, len(prompt.tokens))
-        return self._stream(question, prompt, keep, settings)
-
-    def _stream(self, question: str, prompt: Piece, keep: bool, settings: Decoding) -> Generator[str, None, Answer]:
-        self._check_idle()
-        self._streaming = True
-        marks, started, first, kept = self._marks(), time.perf_counter(), 0.0, False
-        try:
-            stream = stream_text(self.backbone, self.cache, prompt.tokens, settings)
-            while True:
-                try:
-                    piece = next(stream)
-                except StopIteration as finished:
-                    decoded: Decoded = finished.value
-                    break
-                first = first or time.perf_counter() - started
-                yield piece
-            if keep:
-                self._keep(question, prompt, decoded.tokens)
-                self._history.append(marks)
-                kept = True
-        finally:
-            if not kept:
-                self._restore(marks)
-            self._streaming = False
-        return Answer(
-            text=decoded.text,
-            tokens=decoded.tokens,
-            finish_reason="stop" if decoded.ended else "length",
-            prompt_tokens=len(prompt.tokens),
-            first_token_seconds=first,
-            seconds=time.perf_counter() - started,
-        )
-
-    def _keep(self, question: str, prompt: Piece, tokens: Sequence[int]) -> None:
-        """Make the question and answer just decoded part of the conversation."""
-        tokenizer = self.backbone.tokenizer
-        ends = [len(tokenizer.decode(tokens[: count + 1]).rstrip("\ufffd")) for count in range(len(tokens))]
-        offsets = [(min(pair), max(pair)) for pair in zip([0, *ends[:-1]], ends, strict=True)]
-        answer = Piece(tokenizer.decode(tokens), list(tokens), offsets)
-        closing_text = chat.reply_closing(tokenizer) if chat.has_template(tokenizer) else ""
-        closing = Piece(closing_text, *self.backbone.tokenize(closing_text))
-        # Decoding leaves its last token out of the cache.
-        said = [*prompt.tokens, *answer.tokens, *closing.tokens]
-        self.backbone.extend(self.cache, said[self.cache.length - len(self.slots) :])
-        messages: list[MessageRange] = []
-        if chat.has_template(tokenizer) and not self.turn_open:
-            base, opening = len(self.transcript.text), chat.reply_opening(tokenizer)
-            asked = prompt.text.removesuffix(opening)
-            messages = [
-                chat.turn_range({"role": "user", "content": question}, asked, base),
-                chat.turn_range(
-                    {"role": "assistant", "content": answer.text},
-                    opening + answer.text + closing.text,
-                    base + len(asked),
-                ),
-            ]
-        self._adopt([prompt, answer, closing], messages)
-        self.turn_open = False
 
     # Erasing
 
@@ -194,79 +76,109 @@ class Session(Context):
         method, slots, recomputed, marks = method.settled(self.backbone), list(self.slots), 0, self._marks()
         self._synchronize()
         started = time.perf_counter()
-        with self.cache.edit() as journal:
-            while runs := _runs(slots, targets):
-                # The other spans are no text any more either: what recomputes must not read them again.
-                tokens = [
-                    NOT_LIVE
-                    if source == NOT_LIVE or (source in targets and not runs[0].start <= slot < runs[0].end)
-                    else self.transcript.tokens[source]
-                    for slot, source in enumerate(slots)
-                ]
-                erased = method(self.backbone, self.cache, tokens, runs[0])
-                recomputed += erased.recomputed
-                slots = [NOT_LIVE if slot == NOT_LIVE else slots[slot] for slot in erased.slots]
-            self._synchronize()
-            seconds = time.perf_counter() - started
-        self.slots = slots
-        for token in targets:
-            self.transcript.live[token] = False
+        try:
+            with self.cache.edit() as journal:
+                while runs := _runs(slots, targets):
+                    gone = set(slots[runs[0].start : runs[0].end])
+                    # The other spans are no text any more either: what recomputes must not read them again.
+                    tokens = [
+                        NOT_LIVE
+                        if source == NOT_LIVE or (source in targets and not runs[0].start <= slot < runs[0].end)
+                        else self.transcript.tokens[source]
+                        for slot, source in enumerate(slots)
+                    ]
+                    erased = method(self.backbone, self.cache, tokens, runs[0])
+                    recomputed += erased.recomputed
+                    slots = [NOT_LIVE if slot == NOT_LIVE else slots[slot] for slot in erased.slots]
+                    if len(slots) != self.cache.length or not gone.isdisjoint(slots):
+                        raise MethodError(
+                            f"{method} left a cache of {self.cache.length} slots and says what {len(slots)} hold, "
+                            f"erased tokens {'not ' if gone.isdisjoint(slots) else ''}among them: choose another method"
+                        )
+                self._synchronize()
+                seconds = time.perf_counter() - started
+                self.slots = slots
+                for token in targets:
+                    self.transcript.live[token] = False
+                receipt = Receipt(
+                    method=method.name,
+                    parameters=method.parameters,
+                    exact=self.exact,
+                    spans=tuple((span.start, span.end) for span in spans),
+                    text=tuple(self.transcript.text_of(span) for span in spans),
+                    erased=len(targets),
+                    recomputed=recomputed,
+                    seconds=seconds,
+                    bytes_written=journal.bytes_written,
+                    undo_bytes=journal.bytes if undoable else 0,
+                    next_position=self.cache.next_position,
+                )
+                self.receipts.append(receipt)
+        except BaseException:
+            # The cache has put itself back.
+            self._restore(marks)
+            raise
         if undoable:
             self._history.append(replace(marks, journal=journal))
         else:
             # The states and all that could bring them back are gone together.
             self._history.clear()
-        receipt = Receipt(
-            method=method.name,
-            parameters=method.parameters,
-            exact=self.exact,
-            spans=tuple((span.start, span.end) for span in spans),
-            text=tuple(self.transcript.text_of(span) for span in spans),
-            erased=len(targets),
-            recomputed=recomputed,
-            seconds=seconds,
-            bytes_written=journal.bytes_written,
-            undo_bytes=journal.bytes if undoable else 0,
-            next_position=self.cache.next_position,
-        )
-        self.receipts.append(receipt)
         return receipt
 
     def _erase_auto(
         self, spans: Sequence[Span], max_kl: float, probes: Sequence[str | Probe] | None, undoable: bool
     ) -> Receipt:
-        if max_kl < 0:
+        if not max_kl >= 0:
             raise MethodError(f"max_kl is {max_kl}: give a budget of at least 0 nats per token")
-        prefix, width = spans[0].start, sum(map(len, spans))
-        suffix = len(self.transcript.tokens) - prefix - width
+        chosen = None if probes is None else _checked(probes)
+        if chosen is not None and all(probe.kind != "influence" for probe in chosen):
+            raise MethodError("auto chooses by probes of kind influence, and there is none: add a question as text")
+        width = sum(sum(self.transcript.live[span.start : span.end]) for span in spans)
+        prefix = sum(self.transcript.live[: spans[0].start])
+        suffix = len(self.live_tokens) - prefix - width
         candidates = [
-            make_method(name)
+            make_method(name).settled(self.backbone)
             for name, kind in METHODS.items()
             if kind.removes_text and (not kind.needs_eraser or self.backbone.eraser is not None)
         ]
         # Exact comes last at equal cost, so that it is paid for only when nothing cheaper serves.
         candidates.sort(key=lambda method: (method.estimate(prefix, width, suffix), method.is_reference))
-        references: References | None = None
+        memory: list[References] = []
         for method in candidates:
             try:
                 receipt = self._erase(spans, method, undoable=True)
             except KVEraserError:
+                if method.is_reference:
+                    raise
                 # It can't serve this backbone (no rotary positions, too few layers); a dearer one can.
                 continue
-            if receipt.exact:
+            accepted = False
+            try:
+                accepted = receipt.exact or self._meets(max_kl, chosen, memory)
+            finally:
+                if not accepted:
+                    self.undo()
+            if accepted:
                 break
-            references = references or self.references()
-            receipt = receipt.with_audit(self._audit(probes, None, references))
-            self.receipts[-1] = receipt
-            assert receipt.audit is not None
-            if receipt.audit.kl <= max_kl:
-                break
-            self.undo()
+        receipt = self.receipts[-1]
         if not undoable:
             self._history.clear()
-            receipt = replace(receipt, undo_bytes=0)
-            self.receipts[-1] = receipt
+            self.receipts[-1] = receipt = replace(receipt, undo_bytes=0)
         return receipt
+
+    def _meets(self, max_kl: float, probes: Sequence[Probe] | None, memory: list[References]) -> bool:
+        """Whether the last erase, an approximate one, is within the budget; its receipt carries the audit then."""
+        if max_kl == 0:
+            return False
+        try:
+            if not memory:
+                memory.append(self.references())
+            measured = self._audit(probes, None, memory[0])
+        except ContextLengthError:
+            # What can't be measured is not within any budget.
+            return False
+        self.receipts[-1] = self.receipts[-1].with_audit(measured)
+        return measured.kl <= max_kl
 
     # Auditing
 
@@ -303,30 +215,34 @@ class Session(Context):
         self._check_idle()
         if not self.receipts:
             raise SessionError("nothing has been erased yet: audit after erase")
-        measured = self._audit(probes, secrets, references or self.references())
+        chosen = None if probes is None else _checked(probes)
+        if isinstance(secrets, str) or not all(isinstance(secret, str) for secret in secrets or ()):
+            raise InputError(f"secrets is {secrets!r}: give a list of texts")
+        sizes = len(self.live_tokens), len(self.transcript.tokens)
+        if references is not None and (references.exact.length, references.unerased.length) != sizes:
+            raise SessionError(
+                f"the references are of {references.exact.length} live tokens of {references.unerased.length}, "
+                f"the session has {sizes[0]} of {sizes[1]}: take them anew with references()"
+            )
+        measured = self._audit(chosen, secrets, references or self.references())
         self.receipts[-1] = self.receipts[-1].with_audit(measured)
         return measured
 
-    def _audit(
-        self, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None, references: References
-    ) -> Audit:
+    def _audit(self, probes: Sequence[Probe] | None, secrets: Sequence[str] | None, references: References) -> Audit:
         erased = [text for receipt in self.receipts for text in receipt.text]
         if probes is None:
-            body = Span(0, self.receipts[-1].spans[0][0] or 1), Span(self.receipts[-1].spans[-1][1] - 1, self._end())
-            before, after = (self._live_text(span) for span in body)
-            chosen = default_probes(before, " ".join(self.receipts[-1].text), after)
-        else:
-            chosen = [Probe(probe) if isinstance(probe, str) else probe for probe in probes]
-        prepared, tokenizer = [], self.backbone.tokenizer
-        for probe in chosen:
-            answer = None if probe.answer is None else tuple(self.backbone.tokenize(probe.answer)[0])
-            prepared.append(
-                PreparedProbe(
-                    probe,
-                    tuple(self.backbone.tokenize(chat.question_text(tokenizer, probe.question, self.turn_open))[0]),
-                    answer,
-                )
+            last, body = self.receipts[-1], self._body_token()
+            before = self.transcript.live_text(min(body, last.spans[0][0]), last.spans[0][0])
+            after = self.transcript.live_text(last.spans[-1][1], len(self.transcript.tokens))
+            probes = default_probes(before, " ".join(last.text), after)
+        prepared = [
+            PreparedProbe(
+                probe,
+                tuple(self._prompt(probe.question).tokens),
+                None if probe.answer is None else tuple(self._tokenize(probe.answer)[0]),
             )
+            for probe in probes
+        ]
         if secrets is None:
             secrets = [secret for text in erased for secret in default_secrets(text, self.text)]
         return audit(self.backbone, references, self.cache, prepared, secrets, self._hole(references))
@@ -343,20 +259,15 @@ class Session(Context):
             cache = self.backbone.new_cache(len(kept))
             with cache.appending(positions):
                 self.backbone.forward(tokens, cache, positions)
+            with cache.edit():
+                cache.set_next_position(self.cache.next_position)
             return cache
 
-        return references.remember(("hole", tuple(positions.tolist())), prefill)
+        return references.remember(("hole", self.cache.next_position, tuple(positions.tolist())), prefill)
 
-    def _end(self) -> int:
-        return len(self.transcript.tokens)
-
-    def _live_text(self, span: Span) -> str:
-        transcript = self.transcript
-        return "".join(
-            transcript.text[slice(*transcript.offsets[token])]
-            for token in range(span.start, span.end)
-            if transcript.live[token] and transcript.offsets[token][0] >= self.transcript.body_start
-        )
+    def _body_token(self) -> int:
+        """The first token of the user's own text."""
+        return bisect_left(self.transcript.offsets, self.transcript.body_start, key=lambda offset: offset[0])
 
     # Files
 
@@ -379,6 +290,16 @@ class Session(Context):
             torch.cuda.synchronize(self.backbone.device)
 
 
+def _checked(probes: Sequence[str | Probe]) -> list[Probe]:
+    """Probes as a user gives them."""
+    if isinstance(probes, str) or not isinstance(probes, Sequence) or not probes:
+        raise InputError(f"probes is {probes!r}: give a list of questions, at least one")
+    for probe in probes:
+        if not isinstance(probe, str | Probe):
+            raise InputError(f"{probe!r} is not a probe: give a question, or a kveraser.Probe")
+    return [Probe(probe) if isinstance(probe, str) else probe for probe in probes]
+
+
 def _runs(slots: Sequence[int], targets: set[int]) -> list[Span]:
     """Runs of neighbouring slots that hold tokens to erase."""
     runs: list[Span] = []
@@ -389,3 +310,6 @@ def _runs(slots: Sequence[int], targets: set[int]) -> list[Span]:
             else:
                 runs.append(Span(slot, slot + 1))
     return runs
+
+
+__all__ = ["AUTO_PROBE_BUDGET", "Answer", "Session"]

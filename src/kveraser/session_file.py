@@ -16,7 +16,7 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.errors import SessionFileError
+from kveraser.errors import InputError, SessionFileError
 from kveraser.receipt import Audit, ProbeResult, Receipt
 from kveraser.session import Session
 from kveraser.spans import MessageRange, Transcript
@@ -42,19 +42,24 @@ def save(session: Session, path: str | Path) -> None:
     for layer, (keys, values) in enumerate(cache.read(0, cache.length)):
         tensors[f"keys.{layer}"] = keys.contiguous().cpu()
         tensors[f"values.{layer}"] = values.contiguous().cpu()
-    document = json.dumps(
-        {
-            "backbone": session.backbone.name,
-            "fingerprint": session.backbone.fingerprint,
-            "next_position": cache.next_position,
-            "exact_length": cache.exact_length,
-            "slots": session.slots,
-            "turn_open": session.turn_open,
-            "tools": session.tools,
-            "transcript": asdict(session.transcript),
-            "receipts": [receipt.to_json() for receipt in session.receipts],
-        }
-    )
+    state = {
+        "backbone": session.backbone.name,
+        "dtype": str(session.backbone.model.dtype).removeprefix("torch."),
+        "fingerprint": session.backbone.fingerprint,
+        "next_position": cache.next_position,
+        "exact_length": cache.exact_length,
+        "slots": session.slots,
+        "turn_open": session.turn_open,
+        "tools": session.tools,
+        "transcript": asdict(session.transcript),
+        "receipts": [receipt.to_json() for receipt in session.receipts],
+    }
+    try:
+        document = json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise SessionFileError(
+            f"can't write the session to {target} ({error}): tools and method parameters must be JSON values"
+        ) from error
     metadata = {"format": FORMAT, "version": VERSION, "document": document, "sha256": _checksum(document, tensors)}
     temporary: str | None = None
     try:
@@ -69,7 +74,7 @@ def save(session: Session, path: str | Path) -> None:
             raise
         raise SessionFileError(
             f"can't write the session to {target} ({error}): free space or choose another place"
-        ) from (error)
+        ) from error
     finally:
         if temporary is not None:
             with suppress(FileNotFoundError):
@@ -81,24 +86,35 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
 
     Args:
         backbone: a loaded backbone, or what `Backbone.load` takes; None: the one named in the file.
-        loading: device, dtype and eraser for `Backbone.load`.
+        loading: device, dtype and eraser for `Backbone.load`; without a dtype, the one named in the file.
 
     Raises:
         SessionFileError: missing, corrupt, of another version, or made with another model.
+        InputError: device or dtype beside a loaded backbone, or an argument that loading does not take.
         BackboneError: the backbone can't be loaded.
     """
+    unknown = sorted(set(loading) - {"device", "dtype", "eraser"})
+    if unknown:
+        raise InputError(f"loading a session takes no {unknown[0]!r}: it takes device, dtype and eraser")
+    chosen = {name: value for name, value in loading.items() if value is not None}
+    if isinstance(backbone, Backbone) and {"device", "dtype"} & set(chosen):
+        raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
     document, tensors = _read(Path(path))
     try:
-        if backbone is None:
-            backbone = str(document["backbone"])
-        if not isinstance(backbone, Backbone):
-            backbone = Backbone.load(backbone, **loading)
-        if document["fingerprint"] != backbone.fingerprint:
-            raise SessionFileError(
-                f"{path} was made with another model ({document['backbone']}, fingerprint "
-                f"{document['fingerprint'][:12]}; this is {backbone.name}, {backbone.fingerprint[:12]}): "
-                "load it with the model and dtype it was made with"
-            )
+        named, fingerprint, dtype = (str(document[name]) for name in ("backbone", "fingerprint", "dtype"))
+    except KeyError as error:
+        raise SessionFileError(f"{path} is not a whole session file (no {error}): save the session again") from error
+    if not isinstance(backbone, Backbone):
+        backbone = Backbone.load(backbone or named, **{"dtype": dtype} | chosen)
+    elif "eraser" in chosen and backbone.fingerprint == fingerprint:
+        backbone.load_eraser(chosen["eraser"])
+    if backbone.fingerprint != fingerprint:
+        raise SessionFileError(
+            f"{path} was made with another model ({named} in {dtype}, fingerprint {fingerprint[:12]}; this is "
+            f"{backbone.name} in {str(backbone.model.dtype).removeprefix('torch.')}, {backbone.fingerprint[:12]}): "
+            "load it with the model and dtype it was made with"
+        )
+    try:
         states = [
             (tensors[f"keys.{layer}"].to(backbone.device), tensors[f"values.{layer}"].to(backbone.device))
             for layer in range(backbone.layers)

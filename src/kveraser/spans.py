@@ -6,6 +6,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
 from kveraser.errors import AmbiguousSpanError, SpanError
@@ -31,7 +32,12 @@ class Span:
 
 @dataclass(frozen=True)
 class MessageRange:
-    """Where a chat message stands in the transcript, in characters: the whole turn, and its content alone."""
+    """Where a chat message stands in the transcript, in characters: the whole turn, and its content alone.
+
+    The content range is empty where the message has no content, or the template shows it in another form. `own_turn`
+    is False where the template gives the message no turn of its own, such as a user turn that carries the system
+    prompt as well; `start` and `end` are then those of its content.
+    """
 
     role: str
     start: int
@@ -39,6 +45,7 @@ class MessageRange:
     content_start: int
     content_end: int
     tool_call_id: str | None = None
+    own_turn: bool = True
 
 
 @dataclass
@@ -77,6 +84,16 @@ class Transcript:
         self.text = self.text[:characters]
         del self.tokens[tokens:], self.offsets[tokens:], self.live[tokens:], self.messages[messages:]
 
+    def live_text(self, start: int, end: int) -> str:
+        """The text of the live tokens among tokens `[start, end)`."""
+        pieces, reached = [], 0
+        for live, (first, last) in zip(self.live[start:end], self.offsets[start:end], strict=True):
+            # Several tokens may share a character.
+            if live:
+                pieces.append(self.text[max(first, reached) : last])
+            reached = max(reached, last)
+        return "".join(pieces)
+
     def text_of(self, span: Span) -> str:
         """The text of the tokens of `span`."""
         return self.text[self.offsets[span.start][0] : self.offsets[span.end - 1][1]]
@@ -93,8 +110,8 @@ class Transcript:
             raise SpanError(
                 f"the characters [{start}, {end}) lie outside the context, which has {len(self.text)} characters"
             )
-        first = bisect_right([token_end for _, token_end in self.offsets], start)
-        last = bisect_left([token_start for token_start, _ in self.offsets], end)
+        first = bisect_right(self.offsets, start, key=lambda offset: offset[1])
+        last = bisect_left(self.offsets, end, key=lambda offset: offset[0])
         # Zero-width tokens (a BOS before the text) stand at a boundary; they belong to no character.
         while first < last and self.offsets[first][0] == self.offsets[first][1]:
             first += 1
@@ -127,6 +144,9 @@ class Tokens:
     start: int
     end: int
 
+    def __post_init__(self) -> None:
+        _check(self, start=Integral, end=Integral)
+
     def resolve(self, transcript: Transcript) -> list[Span]:
         if self.start < 0 or self.end > len(transcript.tokens):
             raise SpanError(
@@ -138,13 +158,23 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Characters:
-    """Characters `[start, end)` of the session's text, snapped outwards to whole tokens."""
+    """Characters `[start, end)`, snapped outwards to whole tokens.
+
+    They count from where the user's own text begins, and erased characters count on: what stood at 120 stays at 120.
+    """
 
     start: int
     end: int
 
+    def __post_init__(self) -> None:
+        _check(self, start=Integral, end=Integral)
+
     def resolve(self, transcript: Transcript) -> list[Span]:
         base, length = transcript.body_start, len(transcript.text)
+        if self.start >= self.end:
+            raise SpanError(
+                f"the characters [{self.start}, {self.end}) are an empty span: give at least one character to erase"
+            )
         if self.start < 0 or base + self.end > length:
             raise SpanError(
                 f"the characters [{self.start}, {self.end}) lie outside the context, "
@@ -160,16 +190,22 @@ class Text:
     text: str
     occurrence: int | None = None
 
+    def __post_init__(self) -> None:
+        _check(self, text=str, occurrence=(Integral, None))
+
     def resolve(self, transcript: Transcript) -> list[Span]:
         if not self.text:
             raise SpanError("the text to erase is empty: give the words to erase")
         places = list(_places(transcript.text, self.text, transcript.body_start))
         live = transcript.occurrences(places)
         if not live:
-            raise SpanError(_not_found(transcript.text, self.text, erased=bool(places)))
+            raise SpanError(_not_found(transcript.text[transcript.body_start :], self.text, erased=bool(places)))
         if self.occurrence is None and len(live) > 1:
-            shown = [transcript.text[max(0, start - SHOWN_CONTEXT) : end + SHOWN_CONTEXT] for (start, end), _ in live]
             base = transcript.body_start
+            shown = [
+                transcript.text[max(base, start - SHOWN_CONTEXT) : end + SHOWN_CONTEXT]
+                for (start, end), _ in live[:SHOWN_OCCURRENCES]
+            ]
             raise AmbiguousSpanError(self.text, [(start - base, end - base) for (start, end), _ in live], shown)
         if self.occurrence is not None and not 1 <= self.occurrence <= len(live):
             raise SpanError(f"{self.text!r} has no occurrence {self.occurrence}: it occurs {len(live)} times")
@@ -183,16 +219,22 @@ class Pattern:
     pattern: str
     occurrence: int | None = None
 
+    def __post_init__(self) -> None:
+        _check(self, pattern=str, occurrence=(Integral, None))
+
     def resolve(self, transcript: Transcript) -> list[Span]:
         try:
             compiled = re.compile(self.pattern)
         except re.error as error:
             raise SpanError(f"the pattern {self.pattern!r} is not a regular expression: {error}") from error
-        live = transcript.occurrences(
-            match.span() for match in compiled.finditer(transcript.text, transcript.body_start)
-        )
+        found = [match.span() for match in compiled.finditer(transcript.text, transcript.body_start)]
+        live = transcript.occurrences(found)
         if not live:
-            raise SpanError(f"the pattern {self.pattern!r} matches nothing in the context")
+            reason = "matches nothing in the context: try it on the text with re.findall"
+            if found:
+                empty = all(start == end for start, end in found)
+                reason = "matches empty text only" if empty else "matches only what is erased already"
+            raise SpanError(f"the pattern {self.pattern!r} {reason}")
         if self.occurrence is None:
             return [span for _, span in live]
         if not 1 <= self.occurrence <= len(live):
@@ -214,6 +256,9 @@ class Message:
     index: int
     keep_turn: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self, index=Integral, keep_turn=bool)
+
     def resolve(self, transcript: Transcript) -> list[Span]:
         count = len(transcript.messages)
         if not -count <= self.index < count:
@@ -231,12 +276,21 @@ class ToolCall:
     tool_call_id: str
     keep_turn: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self, tool_call_id=str, keep_turn=bool)
+
     def resolve(self, transcript: Transcript) -> list[Span]:
         ids = [message.tool_call_id for message in transcript.messages]
-        if self.tool_call_id not in ids:
-            known = ", ".join(repr(known) for known in ids if known) or "none"
-            raise SpanError(f"no result of a tool call {self.tool_call_id!r}: the conversation has {known}")
-        return [_message_span(transcript, ids.index(self.tool_call_id), self.keep_turn)]
+        found = [index for index, known in enumerate(ids) if known == self.tool_call_id]
+        if not found:
+            listed = ", ".join(repr(known) for known in ids if known) or "none"
+            raise SpanError(f"no result of a tool call {self.tool_call_id!r}: the conversation has {listed}")
+        if len(found) > 1:
+            raise SpanError(
+                f"the tool call id {self.tool_call_id!r} stands in messages {', '.join(map(str, found))}: "
+                "say which with Message(index)"
+            )
+        return [_message_span(transcript, found[0], self.keep_turn)]
 
 
 Erasable: TypeAlias = "str | Selector | Sequence[str | Selector]"
@@ -254,13 +308,18 @@ def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
         raise SpanError("no span given: say what to erase")
     spans: list[Span] = []
     for selector in selectors:
+        if not isinstance(selector, str) and not callable(getattr(selector, "resolve", None)):
+            raise SpanError(
+                f"{selector!r} is not a span: give a text, or a selector such as Characters(10, 20) or Message(3)"
+            )
         for span in (Text(selector) if isinstance(selector, str) else selector).resolve(transcript):
             if not any(transcript.live[span.start : span.end]):
                 raise SpanError(f"{_shorten(transcript.text_of(span))!r} is erased already")
             spans.append(span)
     erased = {token for span in merge(spans) for token in range(span.start, span.end)}
+    # A beginning-of-text marker, of zero width, and what a template puts in front are no context.
     if not any(
-        live and token not in erased and transcript.offsets[token][0] >= transcript.body_start
+        live and token not in erased and transcript.offsets[token][1] > transcript.body_start
         for token, live in enumerate(transcript.live)
     ):
         raise SpanError("the span is the whole context and nothing would remain: start a new session instead")
@@ -297,10 +356,23 @@ def selector_from_json(value: Any) -> Selector:
                 options = {name: option for name, option in value.items() if name != key}
                 try:
                     selector: Selector = form(value[key], **options)
-                except TypeError as error:
+                except (TypeError, SpanError) as error:
                     raise SpanError(f"{dict(value)!r} is not a span: {error}") from error
                 return selector
     raise SpanError(f'{value!r} is not a span: give a text, [start, end] in characters, or {{"message": index}}')
+
+
+def _check(selector: Any, **kinds: Any) -> None:
+    """Refuse fields of the wrong type before they point at the wrong place."""
+    names = {Integral: "a whole number", str: "a text", bool: "True or False"}
+    for name, kind in kinds.items():
+        value = getattr(selector, name)
+        optional = isinstance(kind, tuple)
+        wanted = kind[0] if optional else kind
+        if value is None and optional:
+            continue
+        if not isinstance(value, wanted) or (wanted is Integral and isinstance(value, bool)):
+            raise SpanError(f"{type(selector).__name__}: {name} is {value!r}, but it is {names[wanted]}")
 
 
 def _places(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
@@ -322,10 +394,19 @@ def _not_found(text: str, wanted: str, erased: bool) -> str:
 
 def _message_span(transcript: Transcript, index: int, keep_turn: bool) -> Span:
     message = transcript.messages[index]
+    has_content = message.content_start < message.content_end
+    if not keep_turn and not message.own_turn:
+        raise SpanError(
+            f"message {index} ({message.role}) has no turn of its own in this model's chat template: "
+            + ("erase its content with keep_turn=True, or parts of it by text" if has_content else "erase it by text")
+        )
     if not keep_turn:
         return transcript.snap(message.start, message.end)
-    if message.content_start == message.content_end:
-        raise SpanError(f"message {index} ({message.role}) has no content of its own: erase the whole turn")
+    if not has_content:
+        raise SpanError(
+            f"message {index} ({message.role}) has no content that stands in the context as it was given: "
+            + ("erase the whole turn" if message.own_turn else "erase it by text")
+        )
     return transcript.snap(message.content_start, message.content_end)
 
 

@@ -104,7 +104,7 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -
     """Write each name beside its point, on the first side where it covers no other name and no other point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas: Any = FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
     frame = axes.get_window_extent(renderer)

@@ -66,6 +66,8 @@ def make_method(method: str | Method, **parameters: Any) -> Method:
             f"{method!r} gives {len(positional)} parameters, {name} takes {len(known)}: {', '.join(known)}"
         )
     given = dict(zip(known, positional, strict=False)) | named | parameters
+    if len(given) < len(positional) + len(named) + len(parameters):
+        raise MethodError(f"{method!r} with {parameters or 'its own names'} gives a parameter twice: give each once")
     unknown = [key for key in given if key not in known]
     if unknown:
         raise MethodError(f"{name} takes no parameter {unknown[0]!r}: it takes {', '.join(known) or 'none'}")

@@ -24,6 +24,10 @@ class Blank(Method):
     cost = "span tokens"
     source = "the paper's ablation, arXiv:2606.17034"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.filler, str) or not self.filler:
+            raise MethodError(f"blank: filler is {self.filler!r}, but it is some neutral text, such as a line break")
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         filler = backbone.tokenizer.encode(self.filler, add_special_tokens=False)
         if not filler:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
 from kveraser.chat import as_turn, has_template
+from kveraser.errors import MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method, result, silenced
 from kveraser.spans import Span
 
@@ -29,6 +30,10 @@ class Erratum(Method):
     cost = "notice tokens"
     source = "arXiv:2606.17107"
     removes_text = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.wording, str) or not self.wording.strip():
+            raise MethodError(f"erratum: wording is {self.wording!r}, but it is a text")
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         tokenizer = backbone.tokenizer

@@ -80,6 +80,9 @@ class KVEraser(Method):
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         layout = self.layout or backbone.require_eraser().settings.layout
+        if layout == "closed":
+            # Refuse before the pass: only rotary models can run at fractional positions.
+            _ = backbone.rotation
         with backbone.erasing():
             first = ceil(float(cache.positions[span.start]))
             positions = steering_positions(cache.positions[span.start : span.end], layout)
@@ -111,8 +114,8 @@ class KVEraserRepair(Method):
 
     def __post_init__(self) -> None:
         KVEraser(self.layout)
-        if self.window is not None and self.window < 1:
-            raise MethodError(f"{self.name}: window is {self.window}, but at least 1 token must be recomputed")
+        if self.window is not None and (type(self.window) is not int or self.window < 1):
+            raise MethodError(f"{self.name}: window is {self.window!r}, but it is a count of tokens from 1 on")
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         steered = KVEraser(self.layout)(backbone, cache, tokens, span)

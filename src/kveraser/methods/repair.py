@@ -25,8 +25,8 @@ class Repair(Method):
     source = "arXiv:2609.17983"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise MethodError(f"repair: window is {self.window}, but at least 1 token must be recomputed; or use shift")
+        if type(self.window) is not int or self.window < 1:
+            raise MethodError(f"repair: window is {self.window!r}, but it is a count of tokens from 1 on; or use shift")
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         shifted = Shift()(backbone, cache, tokens, span)

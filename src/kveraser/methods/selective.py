@@ -34,8 +34,8 @@ class Selective(Method):
     source = "CacheBlend, arXiv:2405.16444"
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise MethodError(f"selective: ratio is {self.ratio}, but it is a fraction above 0 and at most 1")
+        if type(self.ratio) not in (int, float) or not 0 < self.ratio <= 1:
+            raise MethodError(f"selective: ratio is {self.ratio!r}, but it is a fraction above 0 and at most 1")
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         shifted = Shift()(backbone, cache, tokens, span)

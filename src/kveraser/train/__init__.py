@@ -1,0 +1,1 @@
+"""Training erasers: data, objective, loop."""

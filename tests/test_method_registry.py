@@ -1,0 +1,86 @@
+"""Methods by name: the registry, its parser, its refusals, and the default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kveraser.eraser import EraserSettings
+from kveraser.errors import MethodError
+from kveraser.methods import METHODS, default_method, make_method
+from tests.tiny import attach_random_eraser, tiny_backbone
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_does_what_it_costs_and_where_it_is_from(name: str) -> None:
+    kind = METHODS[name]
+    method = kind()
+    assert kind.name == name and all(text.strip() for text in (kind.summary, kind.cost, kind.source))
+    assert str(make_method(str(method))) == str(method) and make_method(method) is method
+    sizes = [method.estimate(10, count, count) for count in (1, 10, 100, 1000)]
+    assert sizes == sorted(sizes) and sizes[0] >= 0
+    assert kind.is_reference == (name == "recompute") and kind.needs_eraser == name.startswith("kveraser")
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "parameters"),
+    [
+        ("repair(16)", {}, {"window": 16}),
+        (" repair ( window = 16 ) ", {}, {"window": 16}),
+        ("repair", {"window": 7}, {"window": 7}),
+        ("repair()", {}, {"window": 32}),
+        ("selective(0.5)", {}, {"ratio": 0.5}),
+        ("kveraser+repair(8, layout='closed')", {}, {"window": 8, "layout": "closed"}),
+        ("blank('a, (b)')", {}, {"filler": "a, (b)"}),
+    ],
+)
+def test_methods_are_read_from_text(text: str, named: dict[str, Any], parameters: dict[str, Any]) -> None:
+    assert make_method(text, **named).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "message"),
+    [
+        ("repiar(32)", {}, "no method 'repiar': did you mean repair"),
+        ("frobnicate", {}, "there are recompute, mask"),
+        ("", {}, "no method"),
+        ("repair(", {}, "no method"),
+        ("repair(0)", {}, "window is 0"),
+        ("repair(-3)", {}, "window is -3"),
+        ("repair('a')", {}, "window"),
+        ("repair(2.5)", {}, "window"),
+        ("repair(True)", {}, "window"),
+        ("repair(1, 2)", {}, "gives 2 parameters, repair takes 1"),
+        ("repair(width=3)", {}, "takes no parameter 'width': it takes window"),
+        ("mask(3)", {}, "gives 1 parameters, mask takes 0"),
+        ("repair(open('x'))", {}, "can't be read"),
+        ("repair(*[3])", {}, "can't be read"),
+        ("repair", {"width": 3}, "takes no parameter 'width'"),
+        ("repair(3)", {"window": 4}, "twice"),
+        ("selective(0)", {}, "ratio is 0"),
+        ("selective(1.5)", {}, "ratio is 1.5"),
+        ("selective('a')", {}, "ratio"),
+        ("kveraser('sideways')", {}, "layout is 'sideways'"),
+        ("kveraser+repair(0)", {}, "window is 0"),
+        ("blank('')", {}, "filler"),
+        ("blank(3)", {}, "filler"),
+        ("erratum(3)", {}, "wording"),
+    ],
+)
+def test_what_can_not_be_read_as_a_method_is_refused(text: str, named: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        make_method(text, **named)
+
+
+def test_a_ready_made_method_takes_no_further_parameters() -> None:
+    with pytest.raises(MethodError, match="beside a ready-made"):
+        make_method(make_method("repair"), window=3)
+
+
+def test_the_default_method_follows_the_eraser() -> None:
+    backbone = tiny_backbone()
+    assert default_method(None) == make_method("recompute")
+    assert default_method(attach_random_eraser(backbone)) == make_method("kveraser")
+    trained = attach_random_eraser(backbone, settings=EraserSettings("closed", 8))
+    assert str(default_method(trained).settled(backbone)) == "kveraser+repair(window=8, layout='closed')"
