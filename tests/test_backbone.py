@@ -57,6 +57,7 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
         "local_attention",
     ),
     "Mamba": ("mamba", {}, "linear_attention"),
+    "RWKV": ("rwkv", {}, "linear_attention"),
     "Jamba": ("jamba", {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}, "linear_attention"),
     "Bamba": (
         "bamba",
@@ -321,19 +322,20 @@ def test_positions_are_whole_numbers_where_they_can_be(backbone: Backbone) -> No
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_scattered_mask_shows_each_slot_what_lies_before_it(implementation: str) -> None:
+def test_a_mask_is_given_in_the_form_that_the_attention_takes(implementation: str) -> None:
     backbone = tiny_backbone(attn_implementation=implementation)
-    mask = backbone.causal_mask(torch.tensor([1, 3]), 5)
+    wanted = [[True, True, False, False, False], [True, True, True, True, False]]
+    mask = backbone.attention_mask(torch.tensor(wanted))
     visible = mask if implementation == "sdpa" else mask == 0
     assert mask.dtype == (torch.bool if implementation == "sdpa" else torch.float32)
-    assert visible[0, 0].tolist() == [[True, True, False, False, False], [True, True, True, True, False]]
+    assert visible[0, 0].tolist() == wanted
 
 
-def test_an_attention_without_scattered_masks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_takes_no_mask_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone()
     monkeypatch.setattr(backbone.model.config, "_attn_implementation_internal", "flash_attention_2")
-    with pytest.raises(BackboneError, match="'flash_attention_2', which takes no scattered mask"):
-        backbone.causal_mask(torch.tensor([1]), 5)
+    with pytest.raises(BackboneError, match="'flash_attention_2', which takes no mask of its own"):
+        backbone.attention_mask(torch.ones(1, 5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -372,6 +374,7 @@ def test_the_fingerprint_differs_by_weights_dtype_and_configuration() -> None:
     with torch.no_grad():
         nudged.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
     rotated = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    models = [tiny_model(), tiny_model(seed=1), tiny_model().bfloat16(), tiny_model(**rotated), nudged]
+    half = tiny_model().bfloat16()
+    models = [tiny_model(), tiny_model(seed=1), half, tiny_model().bfloat16().float(), tiny_model(**rotated), nudged]
     prints = [Backbone(model, tiny_tokenizer()).fingerprint for model in models]
     assert len(set(prints)) == len(models)

@@ -63,8 +63,10 @@ def test_model_forward_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone
             got = model(ids, past_key_values=cache).logits
             expected = model(ids, past_key_values=reference).logits
             assert torch.equal(got, expected)
-    assert cache.length == cache.get_seq_length() == LENGTH
+    assert cache.length == cache.get_seq_length() == LENGTH and cache.get_max_length() == -1
     assert cache.exact_length == cache.next_position == LENGTH
+    cache.reset()
+    assert cache.length == cache.exact_length == cache.next_position == 0
 
 
 def test_cached_decoding_equals_uncached(backbone_of_family: Backbone) -> None:

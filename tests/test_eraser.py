@@ -275,17 +275,20 @@ def test_a_hub_id_is_downloaded_without_anything_but_the_adapter(folder: Path, m
 # Replacing
 
 
-def test_an_eraser_gives_way_to_one_of_another_rank_without_a_trace(folder: Path) -> None:
+@pytest.mark.parametrize("modules", [PAPER_MODULES, ("q_proj",)], ids=["seven modules", "one module"])
+def test_an_eraser_gives_way_to_one_of_another_rank_without_a_trace(tmp_path: Path, modules: tuple[str, ...]) -> None:
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=list(modules), task_type="CAUSAL_LM")
+    peft_model(config=config).save_pretrained(str(tmp_path))
     replaced, fresh = tiny_backbone("qwen3"), tiny_backbone("qwen3")
     attach_random_eraser(replaced, rank=3, settings=EraserSettings("closed", 2))
     earlier = steering(replaced)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        replaced.load_eraser(folder)
-    fresh.load_eraser(folder)
-    assert replaced.eraser.settings == EraserSettings()  # type: ignore[union-attr]
-    shapes = [[value.shape for value in each.eraser.parameters().values()] for each in (replaced, fresh)]  # type: ignore[union-attr]
-    assert shapes[0] == shapes[1]
+        after, expected = replaced.load_eraser(tmp_path), fresh.load_eraser(tmp_path)
+    assert after is replaced.eraser and after.settings == EraserSettings()
+    assert {name: value.shape for name, value in after.parameters().items()} == {
+        name: value.shape for name, value in expected.parameters().items()
+    }
     assert distance(steering(replaced), steering(fresh)) == 0 < distance(steering(replaced), earlier)
     assert distance([plain(replaced)], [plain(tiny_backbone("qwen3"))]) == 0
 

@@ -13,6 +13,7 @@ from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache, Journal
 from kveraser.errors import MethodError, RotationError
 from kveraser.methods import NOT_LIVE, Erased, make_method
+from kveraser.scratch_cache import splice
 from kveraser.spans import Span
 from tests.tiny import (
     FAMILIES,
@@ -365,3 +366,41 @@ def test_selective_needs_two_layers_and_an_attention_that_takes_masks() -> None:
     eager = tiny_backbone(attn_implementation="eager")
     erased, reference = erase(eager, "selective(0.3)")[0], erase(armed("llama"), "selective(0.3)")[0]
     assert distance(states(erased.cache), states(reference.cache)) < TOLERANCE
+
+
+# After an earlier erase that left slots without a token
+
+
+def steered_later(recipe: str) -> Erased:
+    """Slots 26-29 hold steering states, and then MIDDLE is erased by `recipe`."""
+    steered, _ = erase(armed("llama"), "kveraser(layout='keep')", Span(26, 30))
+    return erase(armed("llama"), recipe, MIDDLE, live(TOKENS, steered), steered.cache)[0]
+
+
+def test_repair_leaves_slots_without_a_token_and_reads_them() -> None:
+    backbone, shifted, repaired = armed("llama"), steered_later("shift"), steered_later("repair(12)")
+    start, steering, end = MIDDLE.start, range(17, 21), MIDDLE.start + 12
+    assert changed_slots(values(repaired.cache)[2], values(shifted.cache)[2]) == [14, 15, 16, 21, 22, 23, 24, 25]
+    assert equal_bits(states(repaired.cache, 17, 21), states(shifted.cache, 17, 21))
+    assert repaired.recomputed == 12 - len(steering) and not repaired.exact
+    by_hand = splice(shifted.cache.read(0, start))
+    for first, last in ((start, steering.start), (steering.stop, end)):
+        with torch.no_grad():
+            backbone.model(
+                input_ids=torch.tensor([[TOKENS[slot + len(MIDDLE)] for slot in range(first, last)]]),
+                position_ids=torch.arange(first, last)[None],
+                past_key_values=by_hand,
+            )
+        if first == start:
+            so_far = [(layer.keys, layer.values) for layer in by_hand.layers]
+            by_hand = splice(so_far, shifted.cache.read(steering.start, steering.stop))
+    expected = [layer.keys for layer in by_hand.layers] + [layer.values for layer in by_hand.layers]
+    assert distance(states(repaired.cache, 0, end), expected) < TOLERANCE
+
+
+def test_selective_recomputes_only_slots_that_hold_a_token() -> None:
+    shifted, selective = steered_later("shift"), steered_later("selective(1.0)")
+    tokenless = range(17, 21)
+    assert equal_bits(states(selective.cache, 17, 21), states(shifted.cache, 17, 21))
+    changed = changed_slots(values(selective.cache)[2], values(shifted.cache)[2])
+    assert changed == [slot for slot in range(MIDDLE.start, selective.cache.length) if slot not in tokenless]

@@ -15,7 +15,8 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.decode import end_tokens, greedy, score
+from kveraser.decode import end_tokens
+from kveraser.packed import greedy_together, score_together
 from kveraser.probes import Probe, mentions
 from kveraser.receipt import Audit, ProbeResult
 
@@ -55,10 +56,6 @@ class References:
         value: T = self.memory[key]
         return value
 
-    def reply(self, backbone: Backbone, prompt: tuple[int, ...]) -> list[int]:
-        """The exact cache's greedy answer."""
-        return self.remember(("reply", prompt), lambda: greedy(backbone, self.exact, prompt, ANSWER_TOKENS))
-
 
 def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
     """Sum over places of KL(exact || other), in nats, from log-probabilities `[answer, vocabulary]`."""
@@ -75,6 +72,7 @@ def audit(
     secrets: Sequence[str],
     hole: EditableCache | None = None,
     seed: int = 0,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> Audit:
     """Measure `edited` against the references. All caches are left as they were.
 
@@ -82,8 +80,9 @@ def audit(
         secrets: texts whose appearance in a greedy answer counts as given away.
         hole: the exact suffix at the edited cache's positions, where those leave a hole.
         seed: of the bootstrap.
+        answer_tokens: most tokens of a greedy answer.
     """
-    results = [_measure(backbone, references, edited, hole, prepared, secrets) for prepared in probes]
+    results = _measure(backbone, references, edited, hole, probes, secrets, answer_tokens)
     of_kind = {kind: [result for result in results if result.kind == kind] for kind in ("influence", "leak", "no_harm")}
     influence, leak, no_harm = of_kind["influence"], of_kind["leak"], of_kind["no_harm"]
     fidelity, low, high = fidelity_interval(
@@ -130,39 +129,62 @@ def _measure(
     references: References,
     edited: EditableCache,
     hole: EditableCache | None,
-    prepared: PreparedProbe,
+    probes: Sequence[PreparedProbe],
     secrets: Sequence[str],
-) -> ProbeResult:
-    prompt, probe, tokenizer = prepared.prompt, prepared.probe, backbone.tokenizer
-    edited_reply, exact_reply = greedy(backbone, edited, prompt, ANSWER_TOKENS), references.reply(backbone, prompt)
+    answer_tokens: int,
+) -> list[ProbeResult]:
+    prompts = tuple(prepared.prompt for prepared in probes)
+    replies = greedy_together(backbone, edited, prompts, answer_tokens)
+    exact_replies = references.remember(
+        ("replies", prompts, answer_tokens),
+        lambda: greedy_together(backbone, references.exact, prompts, answer_tokens),
+    )
     # An empty greedy answer is the end token alone, and that is what the caches are compared on.
-    answer = tuple(prepared.answer or exact_reply or sorted(end_tokens(backbone))[:1])[:LEAK_TOKENS]
-    exact_scores = references.remember(
-        ("exact", prompt, answer), lambda: score(backbone, references.exact, prompt, answer)
+    answers = tuple(
+        tuple(prepared.answer or reply or sorted(end_tokens(backbone))[:1])[:LEAK_TOKENS]
+        for prepared, reply in zip(probes, exact_replies, strict=True)
     )
-    kl_unerased = references.remember(
-        ("unerased", prompt, answer),
-        lambda: kl_divergence(exact_scores, score(backbone, references.unerased, prompt, answer)),
-    )
-    edited_scores = score(backbone, edited, prompt, answer)
-    places, forced = torch.arange(len(answer)), torch.tensor(answer)
-    said, said_exact = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (edited_reply, exact_reply))
-    return ProbeResult(
-        question=probe.question,
-        kind=probe.kind,
-        answer=tokenizer.decode(answer, skip_special_tokens=True),
-        edited_answer=said,
-        tokens=len(answer),
-        kl=kl_divergence(exact_scores, edited_scores) / len(answer),
-        kl_unerased=kl_unerased / len(answer),
-        kl_hole=None
-        if hole is None
-        else kl_divergence(exact_scores, score(backbone, hole, prompt, answer)) / len(answer),
-        log_probability_exact=float(exact_scores[places, forced].mean()),
-        log_probability_edited=float(edited_scores[places, forced].mean()),
-        reproduced=any(mentions(said, secret) for secret in secrets),
-        reproduced_exact=any(mentions(said_exact, secret) for secret in secrets),
-    )
+
+    def scores(cache: EditableCache) -> list[torch.Tensor]:
+        return score_together(backbone, cache, list(zip(prompts, answers, strict=True)))
+
+    exact = references.remember(("exact", prompts, answers), lambda: scores(references.exact))
+
+    def distances(cache: EditableCache) -> list[float]:
+        """KL(exact || cache) of every probe, in nats per answer token."""
+        pairs = zip(exact, scores(cache), strict=True)
+        return [kl_divergence(reference, other) / len(reference) for reference, other in pairs]
+
+    unerased = references.remember(("unerased", prompts, answers), lambda: distances(references.unerased))
+    holes: Sequence[float | None] = [None] * len(probes)
+    if hole is not None:
+        key = ("hole", prompts, answers, hole.next_position, tuple(hole.positions.tolist()))
+        holes = references.remember(key, lambda: distances(hole))
+    results = []
+    for place, (prepared, edited_scores) in enumerate(zip(probes, scores(edited), strict=True)):
+        answer = answers[place]
+        places, forced = torch.arange(len(answer)), torch.tensor(answer)
+        said, said_exact = (
+            backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+            for tokens in (replies[place], exact_replies[place])
+        )
+        results.append(
+            ProbeResult(
+                question=prepared.probe.question,
+                kind=prepared.probe.kind,
+                answer=backbone.tokenizer.decode(answer, skip_special_tokens=True),
+                edited_answer=said,
+                tokens=len(answer),
+                kl=kl_divergence(exact[place], edited_scores) / len(answer),
+                kl_unerased=unerased[place],
+                kl_hole=holes[place],
+                log_probability_exact=float(exact[place][places, forced].mean()),
+                log_probability_edited=float(edited_scores[places, forced].mean()),
+                reproduced=any(mentions(said, secret) for secret in secrets),
+                reproduced_exact=any(mentions(said_exact, secret) for secret in secrets),
+            )
+        )
+    return results
 
 
 def _mean(results: Sequence[ProbeResult], key: str) -> float | None:

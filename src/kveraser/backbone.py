@@ -231,8 +231,19 @@ class Backbone:
                 use_cache=True,
             )
 
-    def logits(self, cache: EditableCache, tokens: Sequence[int], keep: int = 1) -> torch.Tensor:
-        """Append `tokens` at the cache's next positions and return the logits of the last `keep` of them.
+    def logits(
+        self,
+        cache: EditableCache,
+        tokens: Sequence[int],
+        keep: int | torch.Tensor = 1,
+        positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append `tokens` to the cache and return the logits of the last `keep` of them, or of those at places `keep`.
+
+        Args:
+            positions: float64 `[tokens]`; default: the cache's next ones.
+            attention_mask: of `attention_mask`; default: causal.
 
         Returns:
             float32 `[keep, vocabulary]`.
@@ -240,36 +251,41 @@ class Backbone:
         Raises:
             ContextLengthError: not enough positions; nothing is computed then.
         """
-        self.check_room(cache.next_position, len(tokens))
-        positions = torch.arange(len(tokens), dtype=torch.float64) + cache.next_position
-        kept = {"logits_to_keep": keep} if self._keeps_logits else {}
+        if positions is None:
+            self.check_room(cache.next_position, len(tokens))
+            positions = torch.arange(len(tokens), dtype=torch.float64) + cache.next_position
+        places = slice(-keep, None) if isinstance(keep, int) else keep.to(self.device)
         with self.lock, torch.no_grad(), cache.appending(positions):
             output = self.model(
                 input_ids=torch.tensor([list(tokens)], device=self.device),
                 position_ids=self.position_ids(positions),
+                attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
-                **kept,
+                **({"logits_to_keep": keep if isinstance(keep, int) else places} if self._keeps_logits else {}),
             )
-        logits: torch.Tensor = output.logits[0, -keep:].float()
-        return logits
+        logits: torch.Tensor = output.logits[0] if self._keeps_logits else output.logits[0, places]
+        return logits.float()
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
         """`positions` (`[tokens]`) as the model takes them, `[1, tokens]`: int64 where whole, else float32."""
         whole = bool((positions == positions.round()).all())
         return positions.to(device=self.device, dtype=torch.long if whole else torch.float32).unsqueeze(0)
 
-    def causal_mask(self, slots: torch.Tensor, length: int) -> torch.Tensor:
-        """A mask `[1, 1, len(slots), length]` that lets each scattered slot see the slots up to its own."""
-        visible = torch.arange(length)[None, :] <= slots.cpu()[:, None]
+    def attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """Which slots every token sees (bool `[tokens, slots]`) as the model takes it, `[1, 1, tokens, slots]`.
+
+        Raises:
+            BackboneError: the model's attention takes no such mask.
+        """
         implementation = self.model.config._attn_implementation
         if implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min
             visible = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill(~visible, lowest)
         elif implementation != "sdpa":
             raise BackboneError(
-                f"{self.name} runs with attention '{implementation}', which takes no scattered mask: "
-                "load it with attn_implementation='sdpa' to use selective"
+                f"{self.name} runs with attention '{implementation}', which takes no mask of its own: "
+                "load it with attn_implementation='sdpa'"
             )
         return visible[None, None].to(self.device)
 

@@ -385,14 +385,14 @@ class EditableCache(Cache):
     def fork(self) -> EditableCache:
         """An independent copy of the slots in use; the two never write into each other."""
         self._follow_foreign_writes()
-        states = [(key.clone(), value.clone()) for key, value in self.read(0, self.length)] if self.length else []
+        states = self.read(0, self.length) if self.length else []
         return self.from_states(states, len(self.layers), self._positions, self._next_position, self._exact_length)
 
     @classmethod
     def from_states(
         cls, states: Sequence[KeyValue], layers: int, positions: torch.Tensor, next_position: int, exact_length: int
     ) -> EditableCache:
-        """Build a cache from stored states: one `(keys, values)` a layer, or none for an empty cache."""
+        """Build a cache from a copy of `states`: one `(keys, values)` a layer, or none for an empty cache."""
         cache = cls(layers, capacity=max(GROWTH_MULTIPLE, positions.numel()))
         with torch.no_grad():
             for layer, (keys, values) in zip(cache.layers, states, strict=False):

@@ -141,8 +141,8 @@ class _Rendered:
         return self.given_start if self.given_start is not None else self.preamble
 
     @cached_property
-    def preamble(self) -> int:
-        """How many characters the template writes in front of the first message."""
+    def preamble(self) -> int | None:
+        """How many characters the template writes in front of the first message; None where that can't be told."""
         end = self.ends[0]
         removed = self._removable(0)
         if removed is not None and end is not None:
@@ -159,7 +159,7 @@ class _Rendered:
                 return len(once) - len(turn)
         marker = getattr(self.tokenizer, "bos_token", None) or ""
         # One that opens the text and no turn.
-        return len(marker) if marker and self.text.startswith(marker) and self.text.count(marker) == 1 else 0
+        return len(marker) if marker and self.text.startswith(marker) and self.text.count(marker) == 1 else None
 
     def _removable(self, index: int) -> tuple[int, int, int] | None:
         """How rendering without a message relates to the text: the length of what goes, and its possible starts.
@@ -260,6 +260,8 @@ def continuation(
             "start a new session with all messages"
         )
     base = len(before) + len(marker) + len(closing)
+    if base == len(text):
+        raise InputError("the chat template writes nothing for a message that continues a conversation")
     ranges = _Rendered(tokenizer, [*lead, *added], first=len(lead), start=base).ranges()
     return text[base:], [moved(place, -base) for place in ranges]
 
@@ -292,15 +294,22 @@ def first_turn_frame(tokenizer: Any) -> Frame:
     return Frame(opening, closing)
 
 
-def first_turn_start(tokenizer: Any) -> int:
-    """Where the turn begins that `first_turn_frame` opens: behind a default system prompt."""
+def first_turn_start(tokenizer: Any) -> int | None:
+    """Where the turn begins that `first_turn_frame` opens: behind a default system prompt. None: can't be told."""
     return _Rendered(tokenizer, [{"role": "user", "content": CONTENT}]).preamble
 
 
 def reply_opening(tokenizer: Any) -> str:
-    """The text that opens an assistant's turn."""
+    """The text that opens an assistant's turn.
+
+    Raises:
+        InputError: the template does not add it at the end.
+    """
     message = [{"role": "user", "content": "a"}]
-    return render(tokenizer, message, generation_prompt=True).removeprefix(render(tokenizer, message))
+    asked, opened = render(tokenizer, message), render(tokenizer, message, generation_prompt=True)
+    if not opened.startswith(asked):
+        raise InputError("the chat template does not open a reply at the end of the text: use a model with another one")
+    return opened[len(asked) :]
 
 
 def reply_closing(tokenizer: Any) -> str:

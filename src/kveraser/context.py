@@ -92,7 +92,7 @@ class Context:
         ranges: list[MessageRange] = []
         if messages is not None:
             text, ranges = chat.render_with_ranges(backbone.tokenizer, messages, tools)
-            offset = min(message.start for message in ranges)
+            offset = min((place.start for place in ranges if place.start < place.end), default=0)
         else:
             opening = chat.first_turn_frame(backbone.tokenizer).opening if self.turn_open else ""
             text, offset = opening + (text or ""), len(opening)

@@ -186,7 +186,7 @@ def text_with_offsets(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[
     text: str = tokenizer.decode(tokens)
     finished = [len(tokenizer.decode(tokens[: count + 1]).rstrip("\ufffd")) for count in range(len(tokens))]
     reached = [min(size, len(text)) for size in accumulate(finished, max)]
-    starts = [0, *reached[:-1]]
+    starts = [0, *reached][: len(tokens)]
     ends = [reached[place] if (place := bisect_right(reached, start)) < len(reached) else len(text) for start in starts]
     return text, list(zip(starts, ends, strict=True))
 

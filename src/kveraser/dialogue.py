@@ -136,10 +136,9 @@ class Dialogue(Context):
         end = base + len(prompt) - len(opening)
         if self.turn_open:
             # The document and the question share the first turn.
-            first = base + prompt.index(question)
-            user = MessageRange(
-                "user", chat.first_turn_start(tokenizer), end, self.transcript.body_start, first + len(question)
-            )
+            words = self.transcript.body_start, base + prompt.index(question) + len(question)
+            start = chat.first_turn_start(tokenizer)
+            user = MessageRange("user", *(words if start is None else (start, end)), *words, None, start is not None)
         else:
             user = chat.moved(chat.continuation(tokenizer, [{"role": "user", "content": question}])[1][0], base)
         said = base + len(prompt), base + len(prompt) + len(answer)

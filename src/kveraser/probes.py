@@ -67,7 +67,7 @@ def default_probes(before: str, erased: str, after: str) -> list[Probe]:
 
 def default_secrets(erased: str, remaining: str) -> list[str]:
     """Numbers and names of the erased text that stand nowhere else; the whole text if there are none."""
-    candidates = re.findall(r"[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*|[\w-]*\d[\w.:/-]*\w|\d", erased)
+    candidates = re.findall(r"[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*|[\w-]*\d[\w.,:/-]*\w|\d", erased)
     found = [candidate for candidate in dict.fromkeys(candidates) if not mentions(remaining, candidate)]
     return found or [erased]
 

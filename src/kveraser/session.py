@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kveraser.audit import PreparedProbe, References, audit
+from kveraser.audit import ANSWER_TOKENS, PreparedProbe, References, audit
 from kveraser.backbone import Backbone, Progress
 from kveraser.cache import EditableCache
 from kveraser.dialogue import Answer, Dialogue
@@ -201,6 +201,7 @@ class Session(Dialogue):
         *,
         secrets: Sequence[str] | None = None,
         references: References | None = None,
+        answer_tokens: int = ANSWER_TOKENS,
     ) -> Audit:
         """Measure what the erases so far achieved, against exact recomputation; the last receipt carries the result.
 
@@ -208,6 +209,7 @@ class Session(Dialogue):
             probes: questions (texts probe influence) or `Probe`s; default: built from the spans and their surroundings.
             secrets: texts that must not come out; default: numbers and names that only the erased text holds.
             references: from `references()`, to use them for several audits of the same erase.
+            answer_tokens: most tokens of a greedy answer.
 
         Raises:
             SessionError: nothing has been erased.
@@ -224,11 +226,17 @@ class Session(Dialogue):
                 f"the references are of {references.exact.length} live tokens of {references.unerased.length}, "
                 f"the session has {sizes[0]} of {sizes[1]}: take them anew with references()"
             )
-        measured = self._audit(chosen, secrets, references or self.references())
+        measured = self._audit(chosen, secrets, references or self.references(), answer_tokens)
         self.receipts[-1] = self.receipts[-1].with_audit(measured)
         return measured
 
-    def _audit(self, probes: Sequence[Probe] | None, secrets: Sequence[str] | None, references: References) -> Audit:
+    def _audit(
+        self,
+        probes: Sequence[Probe] | None,
+        secrets: Sequence[str] | None,
+        references: References,
+        answer_tokens: int = ANSWER_TOKENS,
+    ) -> Audit:
         erased = [text for receipt in self.receipts for text in receipt.text]
         if probes is None:
             last, body = self.receipts[-1], self._body_token()
@@ -245,7 +253,8 @@ class Session(Dialogue):
         ]
         if secrets is None:
             secrets = [secret for text in erased for secret in default_secrets(text, self.text)]
-        return audit(self.backbone, references, self.cache, prepared, secrets, self._hole(references))
+        hole = self._hole(references)
+        return audit(self.backbone, references, self.cache, prepared, secrets, hole, answer_tokens=answer_tokens)
 
     def _hole(self, references: References) -> EditableCache | None:
         """The live tokens prefilled at the positions they have in the cache, where those leave a hole."""

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kveraser.demo.documents import Document
-
 from kveraser.audit import References
 from kveraser.backbone import Backbone
+from kveraser.demo.documents import Document
 from kveraser.methods import make_method
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
@@ -113,7 +112,7 @@ def run_document(
         say(f"{document.title}: {name}")
         session.erase(span, method)
         references = references or session.references()
-        session.audit(probes, references=references)
+        session.audit(probes, references=references, answer_tokens=ANSWER_TOKENS)
         results.append(MethodResult(name, session.receipts[-1]))
         session.undo()
     exact = next(result for result in results if result.receipt is not None and result.receipt.exact)

@@ -65,7 +65,8 @@ class Selective(Method):
                 [remaining[slot] for slot in selected.tolist()],
                 cache,
                 cache.positions[selected],
-                attention_mask=backbone.causal_mask(selected, cache.length),
+                # Each scattered token sees the slots up to its own.
+                attention_mask=backbone.attention_mask(torch.arange(cache.length)[None, :] <= selected[:, None]),
             )
         return result(cache, shifted.slots, recomputed=count + ceil(live.numel() * PROBED_LAYER / backbone.layers))
 

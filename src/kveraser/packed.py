@@ -1,0 +1,104 @@
+"""Several questions to one cache in one pass: each sees the context and itself, and is blind to the others.
+
+An audit asks many questions of several caches. A pass over a few tokens costs little more than over one, so they are
+laid side by side in the cache, every question at the cache's next position, under a mask that keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.decode import end_tokens, rewound
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a question and of the answer that is forced after it; neither is empty."""
+
+
+def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pair]) -> list[torch.Tensor]:
+    """Teacher-forced log-probabilities, one tensor a pair, float32 `[answer, vocabulary]`: as `score`, in one pass.
+
+    The cache is left as it was.
+    """
+    if not pairs:
+        return []
+    lane = _Lanes(backbone, cache)
+    kept: list[int] = []
+    asked = 0
+    for prompt, answer in pairs:
+        kept += range(asked + len(prompt) - 1, asked + len(prompt) + len(answer) - 1)
+        asked += len(prompt) + len(answer) - 1
+    with rewound(cache):
+        logits = lane.append([[*prompt, *answer[:-1]] for prompt, answer in pairs], kept)
+    return list(logits.log_softmax(dim=-1).split([len(answer) for _, answer in pairs]))
+
+
+def greedy_together(
+    backbone: Backbone, cache: EditableCache, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The greedy answers' tokens, without end tokens: as `greedy`, a step of all questions in one pass.
+
+    The cache is left as it was. A question that reaches the last position stops there.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return answers
+    lane, ends = _Lanes(backbone, cache), end_tokens(backbone)
+    feed: dict[int, Sequence[int]] = dict(enumerate(prompts))
+    with rewound(cache):
+        for _ in range(max_new_tokens):
+            lasts = [sum(map(len, [*feed.values()][: place + 1])) - 1 for place in range(len(feed))]
+            chosen = lane.append([feed.get(lane_of, ()) for lane_of in range(len(prompts))], lasts).argmax(dim=-1)
+            following = dict(zip(feed, chosen.tolist(), strict=True))
+            feed = {}
+            for place, token in following.items():
+                if token in ends:
+                    continue
+                answers[place].append(token)
+                if backbone.max_positions is None or lane.position_of(place) < backbone.max_positions:
+                    feed[place] = [token]
+            if not feed:
+                break
+    return answers
+
+
+class _Lanes:
+    """The questions' places in the cache: whose every appended slot is, and how far each question has come."""
+
+    def __init__(self, backbone: Backbone, cache: EditableCache) -> None:
+        self.backbone, self.cache = backbone, cache
+        self.context, self.start = cache.length, cache.next_position
+        self.owners: list[int] = []
+
+    def position_of(self, lane: int) -> int:
+        """The next position of a question."""
+        return self.start + self.owners.count(lane)
+
+    def append(self, lanes: Sequence[Sequence[int]], kept: Sequence[int]) -> torch.Tensor:
+        """Append tokens to every lane (none to some) and return float32 logits `[kept, vocabulary]`.
+
+        Args:
+            kept: of the tokens of all lanes in order, the places whose logits are wanted.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        before = len(self.owners)
+        for lane, added in enumerate(lanes):
+            positions += range(self.position_of(lane), self.position_of(lane) + len(added))
+            tokens += added
+            self.owners += [lane] * len(added)
+        self.backbone.check_room(0, max(positions) + 1)
+        owners = torch.tensor(self.owners)
+        new = torch.arange(before, len(owners))
+        own = (owners[new][:, None] == owners[None, :]) & (torch.arange(len(owners))[None, :] <= new[:, None])
+        visible = torch.cat([torch.ones(len(new), self.context, dtype=torch.bool), own], dim=1)
+        return self.backbone.logits(
+            self.cache,
+            tokens,
+            torch.tensor(kept),
+            positions=torch.tensor(positions, dtype=torch.float64),
+            attention_mask=self.backbone.attention_mask(visible),
+        )
