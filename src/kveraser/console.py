@@ -72,14 +72,22 @@ def cell(value: Any) -> str:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Rows as a table; of a row that could not be measured, the reason."""
-    table = table_of(title, columns)
+    """Rows as a table; below it, of rows that could not be measured, the reasons."""
+    measured = [row for row in rows if not row.get("missing")]
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in measured)
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
+    for row in measured:
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    console = Console()
+    console.print(table)
+    reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.get("missing"):
-            table.add_row(cell(row["method"]), *[""] * (len(columns) - 2), cell(row["missing"]))
-        else:
-            table.add_row(*(cell(row.get(column)) for column in columns))
-    Console().print(table)
+            reasons.setdefault(row["missing"], []).append(row["method"])
+    for reason, methods in reasons.items():
+        console.print(escape(f"{', '.join(methods)}: {reason}"))
 
 
 def receipt_row(receipt: Mapping[str, Any]) -> dict[str, Any]:

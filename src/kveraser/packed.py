@@ -7,6 +7,7 @@ laid side by side in the cache, every question at the cache's next position, und
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,21 +19,56 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a question and of the answer that is forced after it; neither is empty."""
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Questions and answers laid side by side behind a context.
+
+    Attributes:
+        tokens: of all pairs in order, each without its answer's last token.
+        positions: of every token, float64 `[tokens]`; each pair starts at the same one.
+        visible: which slots every token sees, bool `[tokens, context + tokens]`: the context, and its own pair so far.
+        kept: the places whose logits predict the answers, int64 `[answer tokens]`.
+    """
+
+    tokens: list[int]
+    positions: torch.Tensor
+    visible: torch.Tensor
+    kept: torch.Tensor
+
+
+def pack(pairs: Sequence[Pair], context: int, position: int) -> Packed:
+    """Lay `pairs` behind a context of `context` slots, each starting at `position`."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    owners: list[int] = []
+    kept: list[int] = []
+    for owner, (prompt, answer) in enumerate(pairs):
+        base, asked = len(tokens), [*prompt, *answer[:-1]]
+        tokens += asked
+        positions += range(position, position + len(asked))
+        owners += [owner] * len(asked)
+        kept += range(base + len(prompt) - 1, base + len(asked))
+    whose = torch.tensor(owners)
+    own = (whose[:, None] == whose[None, :]) & torch.ones(len(tokens), len(tokens)).tril().bool()
+    visible = torch.cat([torch.ones(len(tokens), context, dtype=torch.bool), own], dim=1)
+    return Packed(tokens, torch.tensor(positions, dtype=torch.float64), visible, torch.tensor(kept))
+
+
 def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pair]) -> list[torch.Tensor]:
     """Teacher-forced log-probabilities, one tensor a pair, float32 `[answer, vocabulary]`: as `score`, in one pass.
 
     The cache is left as it was.
+
+    Raises:
+        ContextLengthError: not enough positions; nothing is computed then.
     """
     if not pairs:
         return []
-    lane = _Lanes(backbone, cache)
-    kept: list[int] = []
-    asked = 0
-    for prompt, answer in pairs:
-        kept += range(asked + len(prompt) - 1, asked + len(prompt) + len(answer) - 1)
-        asked += len(prompt) + len(answer) - 1
+    packed = pack(pairs, cache.length, cache.next_position)
+    backbone.check_room(0, int(packed.positions.max()) + 1)
     with rewound(cache):
-        logits = lane.append([[*prompt, *answer[:-1]] for prompt, answer in pairs], kept)
+        mask = backbone.attention_mask(packed.visible)
+        logits = backbone.logits(cache, packed.tokens, packed.kept, packed.positions, mask)
     return list(logits.log_softmax(dim=-1).split([len(answer) for _, answer in pairs]))
 
 

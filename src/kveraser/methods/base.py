@@ -48,6 +48,7 @@ class Method(ABC):
     cost: ClassVar[str]
     source: ClassVar[str]
     needs_eraser: ClassVar[bool] = False
+    moves_keys: ClassVar[bool] = False
     removes_text: ClassVar[bool] = True
     is_reference: ClassVar[bool] = False
 
@@ -70,11 +71,15 @@ class Method(ABC):
         """Tokens it will run through the backbone, by which methods are ordered from cheap to dear."""
 
     def settled(self, backbone: Backbone) -> Method:
-        """The method with open parameters filled in for `backbone`.
+        """The method with open parameters filled in for `backbone`, and its one-time measurements made.
 
         Raises:
             EraserError: it needs an eraser and none is loaded.
+            RotationError: it moves keys, and the backbone's can't be moved.
         """
+        if self.moves_keys:
+            # Measured once a backbone, and no part of what an erase costs.
+            _ = backbone.rotation
         return self
 
     @property

@@ -23,6 +23,7 @@ class Repair(Method):
     summary = "shift, then recompute the first suffix tokens"
     cost = "window tokens; suffix keys are moved"
     source = "arXiv:2609.17983"
+    moves_keys = True
 
     def __post_init__(self) -> None:
         if type(self.window) is not int or self.window < 1:

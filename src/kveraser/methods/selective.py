@@ -32,6 +32,7 @@ class Selective(Method):
     summary = "shift, then recompute the suffix tokens whose early values deviate most"
     cost = "ratio x suffix tokens, plus one layer of the suffix"
     source = "CacheBlend, arXiv:2405.16444"
+    moves_keys = True
 
     def __post_init__(self) -> None:
         if type(self.ratio) not in (int, float) or not 0 < self.ratio <= 1:

@@ -20,6 +20,7 @@ class Shift(Method):
     summary = "drop the span's states, re-rotate the suffix keys into the gap"
     cost = "0 tokens; suffix keys are moved"
     source = "llama.cpp seq_rm + seq_add, https://github.com/ggml-org/llama.cpp"
+    moves_keys = True
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         kept = without(cache.length, span)

@@ -16,12 +16,11 @@ from kveraser.backbone import Backbone
 from kveraser.cache import KeyValue
 from kveraser.eraser import EraserSettings
 from kveraser.methods.kveraser import steering_positions, steering_states
+from kveraser.packed import Pair, pack
 from kveraser.scratch_cache import splice
 from kveraser.train.cases import TokenizedCase
 
 Objective = Literal["kl", "ce", "both"]
-
-PackedQueries = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def edited_log_probabilities(backbone: Backbone, prepared: PreparedCase, setting
 
 
 def answer_log_probabilities(
-    backbone: Backbone, cache: Any, slots: int, position: int, queries: PackedQueries
+    backbone: Backbone, cache: Any, slots: int, position: int, queries: Sequence[Pair]
 ) -> torch.Tensor:
     """Answer all queries in one pass over a cache, each blind to the others.
 
@@ -100,22 +99,11 @@ def answer_log_probabilities(
     Returns:
         float32 `[answer tokens of all queries, vocabulary]`.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    owners: list[int] = []
-    kept: list[int] = []
-    for owner, (prompt, answer) in enumerate(queries):
-        base, asked = len(tokens), [*prompt, *answer[:-1]]
-        tokens += asked
-        positions += range(position, position + len(asked))
-        owners += [owner] * len(asked)
-        kept += range(base + len(prompt) - 1, base + len(asked))
-    owner_of = torch.tensor(owners)
-    own = (owner_of[:, None] == owner_of[None, :]) & torch.ones(len(tokens), len(tokens)).tril().bool()
-    visible = torch.cat([torch.ones(len(tokens), slots, dtype=torch.bool), own], dim=1)
-    hidden = _forward(backbone, tokens, torch.tensor(positions), cache, visible[None, None].to(backbone.device))
+    packed = pack(queries, slots, position)
+    mask = backbone.attention_mask(packed.visible)
+    hidden = _forward(backbone, packed.tokens, packed.positions, cache, mask)
     # Only the places that are compared pay for the vocabulary.
-    logits: torch.Tensor = backbone.model.get_output_embeddings()(hidden[kept])
+    logits: torch.Tensor = backbone.model.get_output_embeddings()(hidden[packed.kept])
     return logits.float().log_softmax(dim=-1)
 
 
@@ -161,7 +149,7 @@ def _forward(
     """The decoder with the adapter off, last hidden states `[tokens, hidden]`; gradients flow through the cache."""
     output = backbone.model.base_model(
         input_ids=torch.tensor([list(tokens)], device=backbone.device),
-        position_ids=backbone.position_ids(positions.to(torch.float64)),
+        position_ids=backbone.position_ids(positions),
         attention_mask=attention_mask,
         past_key_values=cache,
         use_cache=True,
