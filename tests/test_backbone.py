@@ -378,3 +378,9 @@ def test_the_fingerprint_differs_by_weights_dtype_and_configuration() -> None:
     models = [tiny_model(), tiny_model(seed=1), half, tiny_model().bfloat16().float(), tiny_model(**rotated), nudged]
     prints = [Backbone(model, tiny_tokenizer()).fingerprint for model in models]
     assert len(set(prints)) == len(models)
+
+
+def test_a_model_that_attends_both_ways_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="logits are others than without") as refused:
+        tiny_backbone("bert", is_decoder=False)
+    assert refused.value.layer_type == "unknown_attention"

@@ -51,6 +51,7 @@ class Backbone:
         self.fingerprint = _fingerprint(model)
         config = model.config.get_text_config(decoder=True)
         self.layers: int = config.num_hidden_layers
+        check_cached_equals_uncached(self.model, self.layers, self.name)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -320,6 +321,26 @@ def check_supported(model: Any, name: str) -> None:
             )
         # A window that no position can leave is full attention: said so, the model builds the ordinary mask.
         config.sliding_window = None
+
+
+def check_cached_equals_uncached(model: Any, layers: int, name: str) -> None:
+    """Run three tokens with and without an editable cache: a model that attends both ways, say, gives other logits.
+
+    Raises:
+        UnsupportedModelError: the last token's logits differ.
+    """
+    tokens = torch.tensor([[1, 2, 3]], device=model.device) % model.config.get_text_config(decoder=True).vocab_size
+    cache = EditableCache(layers)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+        model(input_ids=tokens[:, :2], past_key_values=cache, use_cache=True)
+        last = torch.tensor([[2]], device=model.device)
+        stepped = model(input_ids=tokens[:, 2:], position_ids=last, past_key_values=cache, use_cache=True)
+    error = float((stepped.logits[0, -1].float() - whole).norm() / whole.norm())
+    if not error < (1e-3 if model.dtype == torch.float32 else 5e-2):
+        raise UnsupportedModelError(
+            name, "unknown_attention", f"with a cache its logits are others than without (relative error {error:.2g})"
+        )
 
 
 def _fingerprint(model: Any) -> str:

@@ -74,7 +74,8 @@ class Journal:
 class EditableCache(Cache):
     """A KV cache whose slots can be overwritten, dropped and rotated in place, and put back bit for bit.
 
-    It is a `transformers` cache: pass it as `past_key_values` to the model's own forward or `generate`.
+    It is a `transformers` cache: pass it as `past_key_values` to the model's own forward or `generate`. These number
+    tokens by slot unless told otherwise: behind a hole, pass `position_ids` from `next_position` on.
 
     Args:
         layers: number of decoder layers.

@@ -91,7 +91,8 @@ def detect(model: Any, layers: int) -> Rotation:
     frequencies = next((module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")), None)
     if frequencies is None:
         raise RotationError(
-            f"{name} has no rotary position embedding (learned or no positions), so keys can't be moved. "
+            f"{name} has no rotary position embedding with inv_freq (learned, other or no positions), so keys can't be "
+            "moved. "
             "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
         )
     frequencies = frequencies.detach().float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from kveraser.audit import ANSWER_TOKENS, PreparedProbe, References, audit
 from kveraser.backbone import Backbone, Progress
 from kveraser.cache import EditableCache
 from kveraser.dialogue import Answer, Dialogue
-from kveraser.errors import ContextLengthError, InputError, KVEraserError, MethodError, SessionError
+from kveraser.errors import (
+    ContextLengthError,
+    EraserError,
+    InputError,
+    KVEraserError,
+    MethodError,
+    RotationError,
+    SessionError,
+)
 from kveraser.methods import METHODS, NOT_LIVE, Method, default_method, make_method
 from kveraser.probes import Probe, default_probes, default_secrets
 from kveraser.receipt import Audit, Receipt
@@ -136,11 +145,12 @@ class Session(Dialogue):
         width = sum(sum(self.transcript.live[span.start : span.end]) for span in spans)
         prefix = sum(self.transcript.live[: spans[0].start])
         suffix = len(self.live_tokens) - prefix - width
-        candidates = [
-            make_method(name).settled(self.backbone)
-            for name, kind in METHODS.items()
-            if kind.removes_text and (not kind.needs_eraser or self.backbone.eraser is not None)
-        ]
+        candidates = []
+        for name, kind in METHODS.items():
+            # What can't serve this backbone (no eraser, no rotary positions) is no candidate.
+            if kind.removes_text:
+                with suppress(EraserError, RotationError):
+                    candidates.append(make_method(name).settled(self.backbone))
         # Exact comes last at equal cost, so that it is paid for only when nothing cheaper serves.
         candidates.sort(key=lambda method: (method.estimate(prefix, width, suffix), method.is_reference))
         memory: list[References] = []
@@ -150,7 +160,7 @@ class Session(Dialogue):
             except KVEraserError:
                 if method.is_reference:
                     raise
-                # It can't serve this backbone (no rotary positions, too few layers); a dearer one can.
+                # It can't serve this backbone (too few layers, say); a dearer one can.
                 continue
             accepted = False
             try:
