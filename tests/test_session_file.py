@@ -136,7 +136,7 @@ def test_the_model_named_in_the_file_is_loaded_in_its_dtype(tmp_path: Path, path
     loaded = Session.load(path)
     assert loaded.backbone.model.dtype == torch.bfloat16 and loaded.backbone is not session.backbone
     assert same_bits(snapshot(loaded.cache), snapshot(session.cache))
-    with pytest.raises(SessionFileError, match="in bfloat16.*in float32.*load it with the model and dtype"):
+    with pytest.raises(SessionFileError, match=r"in bfloat16.*in float32.*load it with the model and dtype"):
         Session.load(path, dtype="float32")
     erasing = Session.load(path, eraser=tmp_path / "eraser")
     assert erasing.erase("Ada").method == "kveraser"
@@ -251,11 +251,11 @@ def test_another_model_is_refused(session: Session, path: Path) -> None:
 
 def test_wrong_arguments_are_refused(session: Session, path: Path) -> None:
     session.save(path)
-    with pytest.raises(InputError, match="give them to Backbone.load"):
+    with pytest.raises(InputError, match=r"give them to Backbone.load"):
         Session.load(path, session.backbone, dtype="float32")
     with pytest.raises(InputError, match="takes no 'precision': it takes device, dtype and eraser"):
         Session.load(path, precision="float32")
-    with pytest.raises(BackboneError, match="can't load the backbone ./tiny-llama"):
+    with pytest.raises(BackboneError, match=r"can't load the backbone ./tiny-llama"):
         Session.load(path, "./tiny-llama")
     assert Session.load(path, session.backbone, dtype=None, eraser=None).text == session.text
 
@@ -282,7 +282,7 @@ def test_a_write_that_runs_out_of_space_leaves_the_earlier_file(session: Session
     before, contents_before = state(session), path.read_bytes() if earlier else None
     session.append(messages=[{"role": "user", "content": "More."}])
     after = state(session)
-    with small_disk(4096), pytest.raises(SessionFileError, match="can't write the session to .*free space"):
+    with small_disk(4096), pytest.raises(SessionFileError, match=r"can't write the session to .*free space"):
         session.save(path)
     assert [one.name for one in path.parent.iterdir()] == ([path.name] if earlier else [])
     assert (path.read_bytes() if earlier else None) == contents_before
