@@ -190,6 +190,16 @@ def test_the_hole_is_the_exact_suffix_at_its_old_positions(session: Session, met
     assert abs(measured.kl_hole - measured.kl) > 1e-4
 
 
+def test_questions_behind_the_hole_stand_where_the_edited_cache_has_them(session: Session) -> None:
+    ((span, _),), ((last, _),) = session.find(SPAN), session.find("the ship is old.")
+    session.erase([SPAN, "the ship is old."], "zero_value")
+    measured = session.audit([INFLUENCE])
+    positions, end = [*range(span.start), *range(span.end, last.start)], session.cache.next_position
+    assert end == last.end > positions[-1] + 1
+    edited = by_hand(session, session.live_tokens, positions, end, INFLUENCE)
+    assert measured.kl_hole == pytest.approx(pooled([(plain(session, True, INFLUENCE), edited)]), rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ["shift", "repair(4)", "selective", "recompute"])
 def test_methods_that_close_the_gap_have_no_hole(session: Session, method: str) -> None:
     assert audited(session, method).kl_hole is None

@@ -122,6 +122,13 @@ def test_a_turn_that_carries_the_tool_descriptions_is_no_turn_of_its_own() -> No
     assert read(THINKING, [SYSTEM, ASKED, AGAIN], TOOLS)[0][0] == "\n Be brief. \n"
 
 
+def test_a_template_that_takes_one_tool_only_still_gives_turns() -> None:
+    picky = "{% if tools and tools | length > 1 %}{{ raise_exception('one tool') }}{% endif %}" + CHAT_TEMPLATE
+    assert read(picky, [ASKED, SAID], TOOLS) == read(CHAT_TEMPLATE, [ASKED, SAID])
+    with pytest.raises(InputError, match="refuses this conversation: one tool"):
+        read(picky, [ASKED, SAID], TOOLS * 2)
+
+
 def test_dropped_reasoning_does_not_displace_the_turns() -> None:
     found, words = read(THINKING, CONVERSATIONS["reasoning"])
     assert found == [
@@ -156,6 +163,13 @@ def test_a_template_whose_beginning_depends_on_the_rest_gives_the_first_message_
 
 def test_a_message_that_is_not_shown_has_neither_turn_nor_content() -> None:
     assert read(LAST_ONLY, [ASKED, SAID, AGAIN]) == ([None, None, None], ["", "", "s"])
+
+
+def test_a_content_that_is_shown_in_other_words_has_no_place() -> None:
+    other = CHAT_TEMPLATE.replace("message['content']", "message['content'] | replace('s', '$')")
+    found, words = read(other, [ASKED, SAID])
+    assert found == ["<|im_start|>user\nu$er?<|im_end|>\n", "<|im_start|>assistant\na$$i$tant <|im_end|>\n"]
+    assert words == ["", ""]
 
 
 def test_an_empty_message_has_a_turn_and_no_content() -> None:

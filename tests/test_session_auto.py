@@ -91,13 +91,17 @@ def test_what_failed_the_budget_leaves_no_trace(session: Session) -> None:
     assert same(before, state(session))
 
 
-def test_a_budget_of_zero_is_met_by_exactness_alone(session: Session, tried: list[str]) -> None:
+def test_a_budget_of_zero_is_met_by_exactness_alone(session: Session, tried: list[str], monkeypatch: Any) -> None:
     # At the very end of the text mask is exact, and cheaper.
     at_end = session.erase("the ship is old.", "auto", max_kl=0)
     assert at_end.exact and at_end.method == "mask" and tried == ["mask"] and far(session) < EXACT
     session.undo()
-    insensitive = session.erase("noon", "auto", max_kl=0, probes=["Who?"])
-    assert insensitive.method == "recompute"
+
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("no measurement could show exactness")
+
+    monkeypatch.setattr(Session, "_audit", measured)
+    assert session.erase("noon", "auto", max_kl=0, probes=["Who?"]).method == "recompute"
 
 
 def test_the_default_budget_and_probes_serve(session: Session) -> None:
@@ -122,6 +126,16 @@ def test_methods_that_a_model_can_not_take_are_passed_over(backbones: dict[str, 
     receipt = session.erase(SPAN, "auto", max_kl=0)
     assert set(tried) == {"mask", "zero_value", "blank", "recompute"}
     assert receipt.method == "recompute" and session.receipts == [receipt] and far(session) < EXACT
+
+
+def test_methods_that_fail_on_the_way_are_passed_over(tried: list[str]) -> None:
+    session = Session(tiny_backbone(num_hidden_layers=1), text=TEXT)
+    before = state(session)
+    with pytest.raises(MethodError, match="selective needs at least 2 layers"):
+        session.erase(SPAN, "selective")
+    assert same(before, state(session))
+    receipt = session.erase(SPAN, "auto", max_kl=0)
+    assert "selective" in tried[1:] and receipt.exact and session.receipts == [receipt]
 
 
 def test_without_undo_only_the_chosen_state_is_left(session: Session) -> None:

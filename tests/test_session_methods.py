@@ -159,6 +159,18 @@ def test_an_interrupted_pass_restores_every_bit(method: str, monkeypatch: pytest
     assert session.erase(SPAN, method).recomputed > 0
 
 
+def test_an_interruption_after_the_last_pass_restores_every_bit(session: Session, monkeypatch: Any) -> None:
+    def interrupt(**fields: Any) -> None:
+        assert not all(session.transcript.live)
+        raise KeyboardInterrupt
+
+    before = state(session)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("kveraser.session.Receipt", interrupt)
+        session.erase(SPAN, "repair(4)")
+    assert same(before, state(session))
+
+
 @dataclass(frozen=True)
 class Careless(Method):
     """Says that the span is live still, or miscounts its slots."""

@@ -186,6 +186,25 @@ def test_a_zero_width_beginning_is_never_included() -> None:
     assert built.snap(0, 1).start == 1
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "said"),
+    [
+        (3, 3, "empty span"),
+        (5, 3, "empty span"),
+        (-1, 2, "lie outside"),
+        (0, 8, "lie outside"),
+        (3, 4, "no token covers"),
+    ],
+)
+def test_snapping_refuses_what_no_token_covers(start: int, end: int, said: str) -> None:
+    built = Transcript()
+    # Some tokenizers drop spaces.
+    built.append("one two", [5, 6], [(0, 3), (4, 7)])
+    with pytest.raises(SpanError, match=said):
+        built.snap(start, end)
+    assert built.snap(2, 5) == Span(0, 2)
+
+
 def test_live_text_shows_shared_characters_once_and_leaves_out_the_erased() -> None:
     built = transcript("a🙂b c")
     assert built.live_text(0, len(built.tokens)) == "a🙂b c"

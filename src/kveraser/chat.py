@@ -143,12 +143,6 @@ class _Rendered:
     @cached_property
     def preamble(self) -> int | None:
         """How many characters the template writes in front of the first message; None where that can't be told."""
-        end = self.ends[0]
-        removed = self._removable(0)
-        if removed is not None and end is not None:
-            length, low, high = removed
-            if low <= end - length <= high:
-                return end - length
         first, once = self.messages[0], self._render(self.messages[:1])
         for between in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": "a"}]):
             base, twice = self._render([first, *between]), self._render([first, *between, first])
