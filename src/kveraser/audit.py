@@ -92,8 +92,8 @@ def audit(
         seed,
     )
     return Audit(
-        kl=_mean(influence, "kl") or 0.0,
-        kl_unerased=_mean(influence, "kl_unerased") or 0.0,
+        kl=_mean(influence, "kl"),
+        kl_unerased=_mean(influence, "kl_unerased"),
         fidelity=fidelity,
         fidelity_low=low,
         fidelity_high=high,

@@ -31,7 +31,7 @@ class Audit:
     """What an erase achieved, over all probes of a kind.
 
     Attributes:
-        kl: mean KL(exact || edited) over influence probes, nats per answer token.
+        kl: mean KL(exact || edited) over influence probes, nats per answer token; None without such probes.
         kl_unerased: the same for the unerased cache.
         fidelity: 1 - kl / kl_unerased, from sums; 1 is exact, 0 no better than not erasing, negative is harm. None when
             the probes do not feel the span.
@@ -44,8 +44,8 @@ class Audit:
         probes: the single results.
     """
 
-    kl: float
-    kl_unerased: float
+    kl: float | None
+    kl_unerased: float | None
     fidelity: float | None
     fidelity_low: float | None
     fidelity_high: float | None

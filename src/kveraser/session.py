@@ -188,7 +188,7 @@ class Session(Dialogue):
             # What can't be measured is not within any budget.
             return False
         self.receipts[-1] = self.receipts[-1].with_audit(measured)
-        return measured.kl <= max_kl
+        return measured.kl is not None and measured.kl <= max_kl
 
     # Auditing
 

@@ -28,8 +28,8 @@ VERSION = "1"
 def save(session: Session, path: str | Path) -> None:
     """Write a session to `path`: its cache, transcript and receipts.
 
-    What `undo` needs is not written, so that a file holds no states of erased text; the transcript and the receipts
-    still hold its words, since audits need them.
+    What `undo` needs is not written. The cache is written as it is: `zero_value` leaves the span's keys in it, and
+    `erratum` all of the span. The transcript and the receipts hold the erased words, since audits need them.
 
     Raises:
         SessionFileError: it can't be written (no space, no permission); an earlier file at `path` is untouched then.
