@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from kveraser.backbone import Backbone
+from kveraser.session import Session
+from tests.sessions import MESSAGES, TEXT
 from tests.tiny import FAMILIES, ROTARY_FAMILIES, attach_random_eraser, tiny_backbone, tiny_tokenizer
 
 # Tiny matrices gain nothing from threads, and the tests run in several processes.
@@ -76,3 +78,31 @@ def chat_tokenizer() -> Any:
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny tokenizer without a chat template."""
     return tiny_tokenizer(chat=False)
+
+
+@pytest.fixture
+def text_session(backbone: Backbone) -> Session:
+    return Session(backbone, text=TEXT)
+
+
+@pytest.fixture
+def dialogue(backbone: Backbone) -> Session:
+    return Session(backbone, messages=MESSAGES)
+
+
+@pytest.fixture(params=["text", "messages", "plain"])
+def session(request: pytest.FixtureRequest, backbone: Backbone, plain_backbone: Backbone) -> Session:
+    """A document for a chat model, a conversation, and a document for a model without a template."""
+    if request.param == "messages":
+        return Session(backbone, messages=MESSAGES)
+    return Session(plain_backbone if request.param == "plain" else backbone, text=TEXT)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny backbone, as `--model` and recipes take it."""
+    folder = tmp_path_factory.mktemp("model")
+    backbone = tiny_backbone()
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -33,16 +33,6 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny backbone, as `--model` takes it."""
-    folder = tmp_path_factory.mktemp("model")
-    backbone = tiny_backbone()
-    backbone.model.save_pretrained(folder)
-    backbone.tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def eraser(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random eraser for it."""
     folder = tmp_path_factory.mktemp("eraser")

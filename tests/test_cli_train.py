@@ -9,7 +9,7 @@ import yaml
 
 from kveraser import cli
 from kveraser.train.cases import read_cases
-from tests.test_cli import Run, model, one_line, read, run  # noqa: F401 (fixtures)
+from tests.test_cli import Run, one_line, read, run  # noqa: F401 (a fixture)
 from tests.test_train_data import PASSAGES
 
 

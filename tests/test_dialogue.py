@@ -20,24 +20,6 @@ from tests.tiny import tiny_backbone
 NEW = {"max_new_tokens": 8}
 
 
-@pytest.fixture
-def text_session(backbone: Backbone) -> Session:
-    return Session(backbone, text=TEXT)
-
-
-@pytest.fixture
-def dialogue(backbone: Backbone) -> Session:
-    return Session(backbone, messages=MESSAGES)
-
-
-@pytest.fixture(params=["text", "messages", "plain"])
-def session(request: pytest.FixtureRequest, backbone: Backbone, plain_backbone: Backbone) -> Session:
-    """A document for a chat model, a conversation, and a document for a model without a template."""
-    if request.param == "messages":
-        return Session(backbone, messages=MESSAGES)
-    return Session(plain_backbone if request.param == "plain" else backbone, text=TEXT)
-
-
 # Asking
 
 
