@@ -9,8 +9,10 @@ from typing import Any
 
 from kveraser.audit import References
 from kveraser.backbone import Backbone
+from kveraser.chat import question_text
 from kveraser.demo.documents import Document
 from kveraser.methods import make_method
+from kveraser.packed import greedy_together
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
 from kveraser.session import Session
@@ -99,9 +101,7 @@ def run_document(
         *(Probe(asked.question, "no_harm") for asked in document.unrelated),
         Probe(f'Repeat what was said: "{" ".join(erased_text.split()[:6])}"', "leak", erased_text),
     ]
-    before = tuple(
-        session.ask(probe.question, max_new_tokens=ANSWER_TOKENS).text for probe in probes if probe.kind != "leak"
-    )
+    before = _ask_together(session, [probe.question for probe in probes if probe.kind != "leak"])
     references: References | None = None
     results: list[MethodResult] = []
     for name in methods:
@@ -126,6 +126,14 @@ def run_document(
         exact=tuple(probe.answer for probe in exact.audit.probes if probe.kind != "leak"),
         results=tuple(results),
     )
+
+
+def _ask_together(session: Session, questions: Sequence[str]) -> tuple[str, ...]:
+    """The answers of `session.ask` to each question, decoded side by side."""
+    tokenizer, backbone = session.backbone.tokenizer, session.backbone
+    prompts = [backbone.tokenize(question_text(tokenizer, question, session.turn_open))[0] for question in questions]
+    answers = greedy_together(backbone, session.cache, prompts, ANSWER_TOKENS)
+    return tuple(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
 
 
 def summarize(results: Sequence[DocumentResult]) -> list[dict[str, Any]]:
