@@ -58,7 +58,8 @@ class Session(Dialogue):
                 `recompute` where no eraser is loaded.
             max_kl: budget of `auto`, mean KL(exact || edited) in nats per answer token (default 0.02).
             probes: questions for `auto` to audit with; default: built from the span and its surroundings.
-            undoable: keep the old states for `undo`. False gives the memory back and forgets them for good.
+            undoable: keep the old states for `undo`. False keeps nothing to undo with, this step or any earlier one;
+                buffer slots that the erase freed hold their old bits until they are written again.
             parameters: the method's parameters by name.
 
         Returns:
