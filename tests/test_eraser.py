@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from kveraser.backbone import Backbone
-from kveraser.eraser import LAYOUTS, PAPER_MODULES, Eraser, EraserSettings
+from kveraser.eraser import LAYOUTS, PAPER_MODULES, SLOT_EMBEDDINGS, SPAN_BIAS, Eraser, EraserSettings
 from kveraser.errors import EraserError
 from kveraser.methods import make_method
 from kveraser.spans import Span
@@ -25,7 +25,9 @@ from tests.tiny import attach_random_eraser, distance, random_tokens, tiny_backb
 
 TOKENS = random_tokens(40)
 SPAN = Span(12, 20)
-CONFIG, WEIGHTS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "kveraser.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS, EXTRAS = "kveraser.json", "kveraser.safetensors"
+COMPACT, SUFFIX = EraserSettings("compact", slots=3), EraserSettings("suffix", 5, 0.25)
 
 
 def peft_model(family: str = "qwen3", config: Any = None, **overrides: Any) -> Any:
@@ -106,6 +108,67 @@ def test_an_eraser_survives_saving_and_loading(tmp_path: Path, family: str) -> N
     assert distance(steering(again), old) > 1e-2
 
 
+@pytest.mark.parametrize("settings", [COMPACT, SUFFIX], ids=["compact", "suffix"])
+def test_what_a_layout_learns_beside_the_lora_survives_saving_and_loading(
+    tmp_path: Path, settings: EraserSettings
+) -> None:
+    backbone, again = tiny_backbone(), tiny_backbone()
+    eraser = attach_random_eraser(backbone, settings=settings)
+    with torch.no_grad():
+        for extra in eraser.extras.values():
+            extra += 0.3 * torch.randn(extra.shape, generator=torch.Generator().manual_seed(4))
+    expected = steering(backbone)
+    eraser.save_pretrained(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [CONFIG, WEIGHTS, SETTINGS, EXTRAS]
+    loaded = again.load_eraser(tmp_path / "whole")
+    assert loaded.settings == settings and loaded.parameters().keys() == eraser.parameters().keys()
+    assert all(torch.equal(loaded.parameters()[name], value) for name, value in eraser.parameters().items())
+    assert len(loaded.parameters()) == 3 * 7 * 2 + 1 and distance(steering(again), expected) == 0
+    eraser.save_pretrained(tmp_path / "half", torch.bfloat16)
+    for name in (WEIGHTS, EXTRAS):
+        assert {value.dtype for value in load_file(tmp_path / "half" / name).values()} == {torch.bfloat16}
+    rounded = again.load_eraser(tmp_path / "half")
+    assert {value.dtype for value in rounded.extras.values()} == {torch.float32}
+    errors = [
+        float((value - eraser.parameters()[name]).abs().max() / value.abs().max())
+        for name, value in rounded.parameters().items()
+    ]
+    assert 0 < max(errors) < 1e-2
+    assert distance(steering(again), expected) > 0
+
+
+def test_extras_start_as_tokens_the_model_can_read_and_as_a_faint_span() -> None:
+    # Gemma scales its embeddings: the slots must be scaled alike. More slots than the vocabulary has tokens are fine.
+    backbone = tiny_backbone("gemma")
+    slots = backbone.model.config.vocab_size + 5
+    drawn = Eraser.untrained(backbone.model, settings=EraserSettings("compact", slots=slots)).extras[SLOT_EMBEDDINGS]
+    known = backbone.model.get_input_embeddings()(torch.arange(backbone.model.config.vocab_size)).detach()
+    assert drawn.shape == (slots, 32) and drawn.dtype == torch.float32 and not drawn.requires_grad
+    assert all(bool((known == row).all(dim=1).any()) for row in drawn)
+    other = Eraser.untrained(backbone.model, settings=COMPACT, seed=1).extras[SLOT_EMBEDDINGS]
+    assert not torch.equal(other, drawn[:3])
+    bias = Eraser.untrained(backbone.model, settings=SUFFIX).extras[SPAN_BIAS]
+    assert bias.tolist() == [-5.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (EraserSettings("compact"), "slots is 0: layout compact has 1 or more"),
+        (EraserSettings("keep", slots=2), "slots is 2: layout compact has 1 or more, the others none"),
+        (EraserSettings("suffix"), "repair is 0, but layout suffix needs suffix tokens"),
+        (EraserSettings("closed", 0, 0.5), "repair_per_span is 0.5 with a repair of 0"),
+        (EraserSettings("suffix", 1, float("nan")), "repair_per_span is nan"),
+    ],
+)
+def test_settings_that_no_eraser_can_have_are_refused_and_touch_nothing(settings: EraserSettings, message: str) -> None:
+    model = tiny_model()
+    modules = list(model.named_modules())
+    with pytest.raises(EraserError, match=f"untrained eraser: {message}"):
+        Eraser.untrained(model, settings=settings)
+    assert modules == list(model.named_modules())
+
+
 def test_peft_reads_what_the_eraser_writes(tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -155,6 +218,18 @@ def named(tensors: dict[str, torch.Tensor], part: str) -> str:
     return next(name for name in tensors if part in name)
 
 
+def extras(settings: str, content: dict[str, torch.Tensor] | bytes | None) -> Callable[[Path], Any]:
+    def rewrite(folder: Path) -> None:
+        (folder / SETTINGS).write_text(settings)
+        if isinstance(content, bytes):
+            (folder / EXTRAS).write_bytes(content)
+        elif content is not None:
+            save_file(content, folder / EXTRAS)
+
+    return rewrite
+
+
+THREE_SLOTS, SUFFIX_OF_FIVE = '{"layout": "compact", "slots": 3}', '{"layout": "suffix", "repair": 5}'
 LAST_V = "model.layers.2.self_attn.v_proj"
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another hidden size": (
@@ -207,9 +282,30 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken settings": (text(SETTINGS, "{"), "configuration can't be read"),
     "settings that are a list": (text(SETTINGS, "[1]"), "configuration can't be read"),
     "an unknown setting": (text(SETTINGS, '{"speed": 3}'), "configuration can't be read .*speed"),
-    "an unknown layout": (text(SETTINGS, '{"layout": "open"}'), "layout is keep or closed"),
-    "a window that is no count": (text(SETTINGS, '{"repair": -1}'), "repair a count"),
-    "a window that is no number": (text(SETTINGS, '{"repair": true}'), "repair a count"),
+    "an unknown layout": (text(SETTINGS, '{"layout": "open"}'), "layout is 'open', but it is one of keep, closed"),
+    "a window that is no count": (text(SETTINGS, '{"repair": -1}'), "repair is -1, but it is a count"),
+    "a window that is no number": (text(SETTINGS, '{"repair": true}'), "repair is True, but it is a count"),
+    "a share that is no number": (text(SETTINGS, '{"repair": 1, "repair_per_span": true}'), "repair_per_span is True"),
+    "a negative share": (text(SETTINGS, '{"repair": 1, "repair_per_span": -1}'), "repair_per_span is -1"),
+    "an infinite share": (text(SETTINGS, '{"repair": 1, "repair_per_span": Infinity}'), "repair_per_span is inf"),
+    "slots of another layout": (text(SETTINGS, '{"slots": 3}'), "slots is 3: layout compact has 1 or more"),
+    "compact without slots": (text(SETTINGS, '{"layout": "compact"}'), "slots is 0: layout compact"),
+    "suffix without a window": (text(SETTINGS, '{"layout": "suffix"}'), "repair is 0, but layout suffix needs"),
+    "no slot embeddings": (extras(THREE_SLOTS, None), "kveraser.safetensors can't be read .*No such file"),
+    "corrupt slot embeddings": (extras(THREE_SLOTS, b"no tensors"), "kveraser.safetensors can't be read"),
+    "too few slot embeddings": (
+        extras(THREE_SLOTS, {SLOT_EMBEDDINGS: torch.ones(2, 32)}), r"holds .*\(2, 32\).* needs finite .*\(3, 32\)",
+    ),
+    "slot embeddings of another size": (extras(THREE_SLOTS, {SLOT_EMBEDDINGS: torch.ones(3, 48)}), r"\(3, 48\)"),
+    "slot embeddings that are no numbers": (
+        extras(THREE_SLOTS, {SLOT_EMBEDDINGS: torch.full((3, 32), float("nan"))}), "layout compact needs finite",
+    ),
+    "the extras of another layout": (
+        extras(SUFFIX_OF_FIVE, {SLOT_EMBEDDINGS: torch.ones(3, 32)}), "layout suffix needs finite .*span_bias",
+    ),
+    "an infinite span bias": (
+        extras(SUFFIX_OF_FIVE, {SPAN_BIAS: torch.tensor([float("-inf")])}), "layout suffix needs finite",
+    ),
 }  # fmt: skip
 
 
@@ -269,7 +365,7 @@ def test_a_hub_id_is_downloaded_without_anything_but_the_adapter(folder: Path, m
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     backbone = tiny_backbone("qwen3")
     assert backbone.load_eraser("owner/name").name == "owner/name"
-    assert asked == [("owner/name", ["adapter_*", SETTINGS])]
+    assert asked == [("owner/name", ["adapter_*", SETTINGS, EXTRAS])]
 
 
 # Replacing

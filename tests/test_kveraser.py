@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from kveraser.backbone import Backbone
-from kveraser.eraser import LAYOUTS, Eraser, EraserSettings, Layout
+from kveraser.eraser import Eraser, EraserSettings, Layout
 from kveraser.errors import EraserError
 from kveraser.methods import NOT_LIVE, make_method
-from kveraser.methods.kveraser import DEFAULT_WINDOW, steering_positions, steering_states
+from kveraser.methods.kveraser import DEFAULT_WINDOW
 from kveraser.rope import rotate_keys
 from kveraser.spans import Span
+from kveraser.steering import span_states, steering_positions
 from tests.test_methods import (
     CHANGE,
     END,
@@ -173,14 +174,30 @@ def test_an_eraser_is_used_as_it_was_trained() -> None:
     attach_random_eraser(backbone, settings=EraserSettings("closed", 3))
     for open_recipe, settled in (
         ("kveraser", "kveraser(layout='closed')"),
-        ("kveraser+repair", "kveraser+repair(window=3, layout='closed')"),
-        ("kveraser+repair(5)", "kveraser+repair(window=5, layout='closed')"),
+        ("kveraser+repair", "kveraser+repair(window=3, layout='closed', per_span=0.0)"),
+        ("kveraser+repair(5)", "kveraser+repair(window=5, layout='closed', per_span=0.0)"),
         ("kveraser('keep')", "kveraser(layout='keep')"),
     ):
         assert str(make_method(open_recipe).settled(backbone)) == settled
         assert equal_bits(states(erase(backbone, open_recipe)[0].cache), states(erase(backbone, settled)[0].cache))
     attach_random_eraser(backbone)
-    assert make_method("kveraser+repair").settled(backbone).parameters == {"window": DEFAULT_WINDOW, "layout": "keep"}
+    untrained = {"window": DEFAULT_WINDOW, "layout": "keep", "per_span": 0.0}
+    assert make_method("kveraser+repair").settled(backbone).parameters == untrained
+
+
+def test_the_repair_window_follows_the_span_as_it_was_trained_to() -> None:
+    backbone = tiny_backbone()
+    attach_random_eraser(backbone, settings=EraserSettings("keep", 2, 0.5))
+    for recipe, width in (
+        ("kveraser+repair", 2 + round(0.5 * len(MIDDLE))),
+        ("kveraser+repair(3)", 3),
+        ("kveraser+repair(per_span=0)", 2),
+        ("kveraser+repair(3, per_span=1)", 3 + len(MIDDLE)),
+    ):
+        erased, _ = erase(backbone, recipe)
+        assert erased.recomputed == len(MIDDLE) + width
+        settled = make_method(recipe).settled(backbone)
+        assert settled.estimate(MIDDLE.start, len(MIDDLE), LENGTH - MIDDLE.end) == len(MIDDLE) + width
 
 
 @pytest.mark.parametrize("recipe", ["kveraser", CLOSED, "kveraser+repair"])
@@ -203,7 +220,7 @@ def test_a_span_at_the_end_leaves_nothing_to_repair() -> None:
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [(family, layout) for family in FAMILIES for layout in LAYOUTS if (family, layout) != ("gpt2", "closed")],
+    [(family, "keep") for family in FAMILIES] + [(family, "closed") for family in ROTARY_FAMILIES],
 )
 def test_steering_out_of_place_equals_steering_in_place(family: str, layout: Layout) -> None:
     backbone = armed(family)
@@ -211,7 +228,7 @@ def test_steering_out_of_place_equals_steering_in_place(family: str, layout: Lay
         cache = backbone.prefill(TOKENS)
         positions = steering_positions(cache.positions[span.start : span.end], layout)
         with torch.no_grad():
-            steering = steering_states(backbone, cache.read(0, span.start), TOKENS[span.start : span.end], positions)
+            steering = span_states(backbone, cache.read(0, span.start), [TOKENS[span.start : span.end]], positions)
         flat = [keys for keys, _ in steering] + [value for _, value in steering]
         erased, _ = erase(backbone, f"kveraser(layout='{layout}')", span)
         assert distance(flat, states(erased.cache, span.start, span.end)) < STEERING
@@ -224,8 +241,8 @@ def test_the_gradient_reaches_every_matrix_that_steering_depends_on_and_nothing_
     eraser = attach_random_eraser(backbone)
     randomize(eraser, seed=3)
     cache = backbone.prefill(TOKENS)
-    steering = steering_states(
-        backbone, cache.read(0, MIDDLE.start), TOKENS[MIDDLE.start : MIDDLE.end], cache.positions[14:23]
+    steering = span_states(
+        backbone, cache.read(0, MIDDLE.start), [TOKENS[MIDDLE.start : MIDDLE.end]], cache.positions[14:23]
     )
     sum(keys.square().sum() + value.square().sum() for keys, value in steering).backward()  # type: ignore[union-attr]
     last = f".{backbone.layers - 1}."

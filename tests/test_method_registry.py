@@ -26,12 +26,14 @@ def test_every_method_says_what_it_does_what_it_costs_and_where_it_is_from(name:
 @pytest.mark.parametrize(
     ("text", "named", "parameters"),
     [
-        ("repair(16)", {}, {"window": 16}),
-        (" repair ( window = 16 ) ", {}, {"window": 16}),
-        ("repair", {"window": 7}, {"window": 7}),
-        ("repair()", {}, {"window": 32}),
+        ("repair(16)", {}, {"window": 16, "per_span": 0.0}),
+        (" repair ( window = 16 ) ", {}, {"window": 16, "per_span": 0.0}),
+        ("repair", {"window": 7}, {"window": 7, "per_span": 0.0}),
+        ("repair()", {}, {"window": 32, "per_span": 0.0}),
+        ("repair(8, per_span=1)", {}, {"window": 8, "per_span": 1}),
         ("selective(0.5)", {}, {"ratio": 0.5}),
-        ("kveraser+repair(8, layout='closed')", {}, {"window": 8, "layout": "closed"}),
+        ("kveraser+repair(8, layout='closed')", {}, {"window": 8, "layout": "closed", "per_span": None}),
+        ("kveraser(window=5)", {"per_span": 1}, {"layout": None, "window": 5, "per_span": 1}),
         ("blank('a, (b)')", {}, {"filler": "a, (b)"}),
     ],
 )
@@ -51,8 +53,12 @@ def test_methods_are_read_from_text(text: str, named: dict[str, Any], parameters
         ("repair('a')", {}, "window"),
         ("repair(2.5)", {}, "window"),
         ("repair(True)", {}, "window"),
-        ("repair(1, 2)", {}, "gives 2 parameters, repair takes 1"),
-        ("repair(width=3)", {}, "takes no parameter 'width': it takes window"),
+        ("repair(1, 2, 3)", {}, "gives 3 parameters, repair takes 2: window, per_span"),
+        ("repair(1, -0.5)", {}, "per_span is -0.5"),
+        ("repair(1, 1e999)", {}, "per_span is inf"),
+        ("repair(1, True)", {}, "per_span is True"),
+        ("repair(1, 'a')", {}, "per_span is 'a'"),
+        ("repair(width=3)", {}, "takes no parameter 'width': it takes window, per_span"),
         ("mask(3)", {}, "gives 1 parameters, mask takes 0"),
         ("repair(open('x'))", {}, "can't be read"),
         ("repair(*[3])", {}, "can't be read"),
@@ -63,6 +69,11 @@ def test_methods_are_read_from_text(text: str, named: dict[str, Any], parameters
         ("selective('a')", {}, "ratio"),
         ("kveraser('sideways')", {}, "layout is 'sideways'"),
         ("kveraser+repair(0)", {}, "window is 0"),
+        ("kveraser(window=0)", {}, "window is 0"),
+        ("kveraser(window=True)", {}, "window is True"),
+        ("kveraser(per_span=-1)", {}, "per_span is -1"),
+        ("kveraser(per_span=True)", {}, "per_span is True"),
+        ("kveraser+repair(3, per_span=1e999)", {}, "per_span is inf"),
         ("blank('')", {}, "filler"),
         ("blank(3)", {}, "filler"),
         ("erratum(3)", {}, "wording"),
@@ -83,4 +94,6 @@ def test_the_default_method_follows_the_eraser() -> None:
     assert default_method(None) == make_method("recompute")
     assert default_method(attach_random_eraser(backbone)) == make_method("kveraser")
     trained = attach_random_eraser(backbone, settings=EraserSettings("closed", 8))
-    assert str(default_method(trained).settled(backbone)) == "kveraser+repair(window=8, layout='closed')"
+    assert str(default_method(trained).settled(backbone)) == "kveraser+repair(window=8, layout='closed', per_span=0.0)"
+    suffix = attach_random_eraser(backbone, settings=EraserSettings("suffix", 8))
+    assert str(default_method(suffix).settled(backbone)) == "kveraser(layout='suffix', window=8, per_span=0.0)"

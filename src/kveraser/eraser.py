@@ -7,28 +7,74 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 
 from kveraser.errors import EraserError
 
-Layout = Literal["keep", "closed"]
-LAYOUTS: tuple[Layout, ...] = ("keep", "closed")
+Layout = Literal["keep", "closed", "compact", "suffix"]
+LAYOUTS: tuple[Layout, ...] = ("keep", "closed", "compact", "suffix")
 
 ADAPTER_NAME = "eraser"
 SETTINGS_FILE = "kveraser.json"
+EXTRAS_FILE = "kveraser.safetensors"
+SLOT_EMBEDDINGS, SPAN_BIAS = "slot_embeddings", "span_bias"
+
+FAINT = -5.0
+"""The span bias that training starts from: the span weighs e^-5 of what it would."""
+CARD_FILE = "README.md"
 NOT_PLAIN = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication")
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class EraserSettings:
-    """What an eraser was trained for. Read from `kveraser.json` beside the adapter; the paper's values if absent."""
+    """What an eraser was trained for. Read from `kveraser.json` beside the adapter; the paper's values if absent.
+
+    Attributes:
+        layout: where the steering states sit. `keep`: in the span's slots, at its positions (the paper's). `closed`: in
+            its slots, at fractional positions in the closed gap. `compact`: in `slots` slots in the closed gap.
+            `suffix`: in the first suffix tokens, behind the closed gap; the span's slots are given back.
+        repair: suffix tokens that are computed afresh behind the steering states; with `suffix`, those that hold them.
+        repair_per_span: as many more for every token of the span.
+        slots: steering slots of `compact`.
+    """
 
     layout: Layout = "keep"
     repair: int = 0
+    repair_per_span: float = 0.0
+    slots: int = 0
+
+    def width(self, span: int) -> int:
+        """Suffix tokens that are run after a span of `span` tokens."""
+        return self.repair + round(self.repair_per_span * span)
+
+    def check(self, source: str) -> None:
+        """Refuse what no eraser can be.
+
+        Raises:
+            EraserError: naming `source` and the setting.
+        """
+        problem = None
+        if self.layout not in LAYOUTS:
+            problem = f"layout is {self.layout!r}, but it is one of {', '.join(LAYOUTS)}"
+        elif type(self.repair) is not int or self.repair < 0:
+            problem = f"repair is {self.repair!r}, but it is a count from 0 on"
+        elif type(self.repair_per_span) not in (int, float) or not 0 <= self.repair_per_span < inf:
+            problem = f"repair_per_span is {self.repair_per_span!r}, but it is a number from 0 on"
+        elif self.repair_per_span and not self.repair:
+            problem = f"repair_per_span is {self.repair_per_span} with a repair of 0: give repair at least 1"
+        elif type(self.slots) is not int or self.slots < 0 or (self.slots == 0) == (self.layout == "compact"):
+            problem = f"slots is {self.slots!r}: layout compact has 1 or more, the others none"
+        elif self.layout == "suffix" and self.repair < 1:
+            problem = "repair is 0, but layout suffix needs suffix tokens to hold its steering states"
+        if problem is not None:
+            raise EraserError(f"{source}: {problem}")
 
 
 class Eraser:
@@ -39,14 +85,22 @@ class Eraser:
     Attributes:
         name: folder or hub id it came from.
         settings: the layout and repair window it was trained for.
+        extras: what its layout learns beside the LoRA: `slot_embeddings` `[slots, hidden]` (`compact`), or `span_bias`
+            `[1]`, added to the attention logits of the erased span while the suffix is steered (`suffix`).
     """
 
-    def __init__(self, model: Any, name: str, settings: EraserSettings) -> None:
+    def __init__(
+        self, model: Any, name: str, settings: EraserSettings, extras: dict[str, torch.Tensor] | None = None
+    ) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.model = model
         self.name = name
         self.settings = settings
+        self.extras = {
+            key: torch.nn.Parameter(tensor.to(model.device), requires_grad=False)
+            for key, tensor in (extras or {}).items()
+        }
         # PEFT's switch walks every module of the model; the list is made once so that a pass doesn't.
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self._switch(False)
@@ -66,8 +120,9 @@ class Eraser:
             self._switch(False)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's matrices by name: `lora_A` is `[rank, in_features]`, `lora_B` `[out_features, rank]`."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if f".{ADAPTER_NAME}." in name}
+        """By name, the matrices (`lora_A` `[rank, in_features]`, `lora_B` `[out_features, rank]`) and `extras`."""
+        named = self.model.named_parameters()
+        return {name: parameter for name, parameter in named if f".{ADAPTER_NAME}." in name} | self.extras
 
     @classmethod
     def from_pretrained(cls, source: str | Path, model: Any) -> Eraser:
@@ -79,9 +134,10 @@ class Eraser:
         """
         folder = _folder_of(source)
         config, tensors, settings = _read(folder, str(source))
+        extras = _read_extras(folder, str(source), settings, model)
         _check_fits(config, tensors, model, str(source))
         _inject(model, config, tensors)
-        return cls(model, str(source), settings)
+        return cls(model, str(source), settings, extras)
 
     @classmethod
     def untrained(
@@ -90,8 +146,14 @@ class Eraser:
         """A LoRA with the paper's shape and B = 0: erasing with it re-encodes the span as the backbone would.
 
         The starting point of training, and enough to measure what an erase costs.
+
+        Raises:
+            EraserError: settings that no eraser can have.
         """
         from peft import LoraConfig
+
+        settings = settings or EraserSettings()
+        settings.check("untrained eraser")
 
         linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
         config = LoraConfig(
@@ -107,24 +169,72 @@ class Eraser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _inject(model, config, None)
-        return cls(model, f"untrained(rank={rank})", settings or EraserSettings())
+            extras: dict[str, torch.Tensor] = {}
+            if settings.layout == "compact":
+                embed = model.get_input_embeddings()
+                # Tokens of the model's own, scaled as it scales them: the slots start as something that it can read.
+                drawn = torch.randint(len(embed.weight), (settings.slots,)).to(model.device)
+                extras[SLOT_EMBEDDINGS] = embed(drawn).detach().float()
+        if settings.layout == "suffix":
+            extras[SPAN_BIAS] = torch.tensor([FAINT])
+        return cls(model, f"untrained(rank={rank})", settings, extras)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), plus `kveraser.json`."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter as PEFT does (`adapter_config.json`, `adapter_model.safetensors`), plus `kveraser.json`.
+
+        Args:
+            dtype: of the written matrices; default: as they are. bfloat16 halves the file.
+        """
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME)
-        tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-        temporary = target / "adapter_model.safetensors.part"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(target / "adapter_model.safetensors")
+        # No embedding is adapted: a look at the hub for a changed vocabulary would be in vain.
+        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+        tensors = {f"base_model.model.{name}": value for name, value in state.items()}
+        for name, content in (("adapter_model.safetensors", tensors), (EXTRAS_FILE, self.extras)):
+            temporary = target / f"{name}.part"
+            if content:
+                ready = {key: value.detach().to("cpu", dtype).contiguous() for key, value in content.items()}
+                save_file(ready, temporary, metadata={"format": "pt"})
+                temporary.replace(target / name)
         self.model.peft_config[ADAPTER_NAME].save_pretrained(str(target))
         settings = target / f"{SETTINGS_FILE}.part"
         settings.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
         settings.replace(target / SETTINGS_FILE)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Upload the adapter as plain PEFT files, with `kveraser.json` and the card of the folder it came from, if any.
+
+        Args:
+            repo_id: `owner/name`; the repository is made where there is none.
+            private: of a new repository; an existing one stays as it is.
+            token: a hub access token; None: the one `hf auth login` stored.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            EraserError: the hub does not take it, or the files can't be written.
+        """
+        from huggingface_hub import HfApi
+
+        card = Path(self.name) / CARD_FILE
+        try:
+            with TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                if card.is_file():
+                    copyfile(card, Path(folder) / CARD_FILE)
+                hub = HfApi(token=token)
+                address = hub.create_repo(repo_id, private=private, exist_ok=True)
+                hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload eraser")
+        except Exception as error:
+            raise EraserError(
+                f"can't upload the eraser to {repo_id} ({type(error).__name__}: {error}): check the name (owner/name), "
+                "the token and the connection"
+            ) from error
+        return str(address)
 
 
 def _folder_of(source: str | Path) -> Path:
@@ -137,7 +247,7 @@ def _folder_of(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["adapter_*", SETTINGS_FILE]))
+        return Path(snapshot_download(str(source), allow_patterns=["adapter_*", SETTINGS_FILE, EXTRAS_FILE]))
     except Exception as error:
         raise EraserError(
             f"no folder {source}, and the hub does not give it either ({type(error).__name__}): "
@@ -160,8 +270,7 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise EraserError(f"{source}: its configuration can't be read ({error}): copy the folder again") from error
     settings = settings or EraserSettings()
-    if settings.layout not in LAYOUTS or type(settings.repair) is not int or settings.repair < 0:
-        raise EraserError(f"{source}: {SETTINGS_FILE} holds {settings}: layout is keep or closed, repair a count >= 0")
+    settings.check(f"{source}, {SETTINGS_FILE}")
     if config.peft_type != PeftType.LORA:
         raise EraserError(f"{source} is a {config.peft_type} adapter: an eraser is a LoRA")
     extras = [name for name in NOT_PLAIN if getattr(config, name, None)]
@@ -180,6 +289,26 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
             "take an earlier checkpoint of its training"
         )
     return config, tensors, settings
+
+
+def _read_extras(folder: Path, source: str, settings: EraserSettings, model: Any) -> dict[str, torch.Tensor]:
+    """What the layout needs beside the LoRA, float32 as it was trained."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    hidden = model.get_input_embeddings().weight.shape[1]
+    needed = {"compact": {SLOT_EMBEDDINGS: (settings.slots, hidden)}, "suffix": {SPAN_BIAS: (1,)}}
+    wanted = needed.get(settings.layout, {})
+    if not wanted:
+        return {}
+    try:
+        found = load_file(str(folder / EXTRAS_FILE))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EraserError(f"{source}: {EXTRAS_FILE} can't be read ({error}): copy the folder again") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != wanted or not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
+        raise EraserError(f"{source}: {EXTRAS_FILE} holds {shapes}, layout {settings.layout} needs finite {wanted}")
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

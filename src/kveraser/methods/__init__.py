@@ -81,7 +81,8 @@ def default_method(eraser: Eraser | None) -> Method:
     """What `erase` uses when no method is named: the loaded eraser as it was trained, else the exact one."""
     if eraser is None:
         return Recompute()
-    return KVEraserRepair() if eraser.settings.repair else KVEraser()
+    settings = eraser.settings
+    return KVEraserRepair() if settings.repair and settings.layout != "suffix" else KVEraser()
 
 
 __all__ = ["METHODS", "NOT_LIVE", "Erased", "Method", "default_method", "make_method"]

@@ -1,133 +1,201 @@
-"""`kveraser` and `kveraser+repair`: learned steering states in the span's slots."""
+"""`kveraser` and `kveraser+repair`: learned steering states, in the span's slots or in those behind the seam."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
 import torch
 
 from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache, KeyValue
-from kveraser.eraser import LAYOUTS, Layout
+from kveraser.cache import EditableCache
+from kveraser.eraser import LAYOUTS, SLOT_EMBEDDINGS, SPAN_BIAS, Layout
 from kveraser.errors import MethodError
-from kveraser.methods.base import Erased, Method, close_gap, recompute_window, result, silenced
-from kveraser.scratch_cache import splice
+from kveraser.methods.base import NOT_LIVE, Erased, Method, close_gap, recompute_window, result, silenced, without
 from kveraser.spans import Span
+from kveraser.steering import compact_states, steering_positions, suffix_mask
 
 DEFAULT_WINDOW = 16
 """The repair window of an eraser that was not trained for one."""
 
 
-def steering_positions(positions: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Where the steering states of a span at `positions` (`[span]`) sit, float64 `[span]`.
-
-    `keep`: where the span was. `closed`: evenly between the last prefix token and the position of the span's first
-    token, which the first suffix token will take.
-    """
-    if layout == "keep":
-        return positions
-    first = ceil(float(positions[0]))
-    return first - 1 + torch.arange(1, len(positions) + 1, dtype=torch.float64) / (len(positions) + 1)
-
-
-def steering_states(
-    backbone: Backbone, prefix: Sequence[KeyValue], tokens: Sequence[int], positions: torch.Tensor
-) -> list[KeyValue]:
-    """The steering states out of place, differentiable with respect to the eraser (training).
-
-    Args:
-        prefix: the prefix's states, one `(keys, values)` a layer, `[1, kv_heads, prefix, head_dim]`.
-        tokens: the span's token ids.
-        positions: where the steering states sit, `[span]`.
-
-    Returns:
-        One `(keys, values)` a layer, `[1, kv_heads, span, head_dim]`.
-    """
-    cache = splice(prefix)
-    with backbone.erasing():
-        backbone.model.base_model(
-            input_ids=torch.tensor([list(tokens)], device=backbone.device),
-            position_ids=backbone.position_ids(positions),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    span = len(tokens)
-    return [(layer.keys[:, :, -span:], layer.values[:, :, -span:]) for layer in cache.layers]  # type: ignore[index, union-attr]
-
-
 @dataclass(frozen=True)
 class KVEraser(Method):
-    """One pass of the backbone, with its eraser switched on, over the span's tokens on the prefix's states (section 3).
+    """Steering states, written by the backbone with its eraser switched on (section 3 of the paper).
 
-    It never sees the question, so one erase serves all later ones. With `layout="keep"`, the paper's, prefix and suffix
-    are untouched. With `layout="closed"` the suffix keys are re-rotated against the prefix and the steering states sit
-    at fractional positions in between, so that the text reads on without a hole. None: as the eraser was trained.
+    They never see the question, so one erase serves all later ones. Where they sit is the eraser's layout:
+
+    - `keep`, the paper's: one pass over the span's tokens overwrites its slots; prefix and suffix are untouched.
+    - `closed`: the same at fractional positions; the suffix keys are re-rotated against the prefix, so that the text
+      reads on without a hole.
+    - `compact`: a fixed number of learned tokens sees prefix and span, and takes the span's place.
+    - `suffix`: the span's slots are given back; the first suffix tokens are run again with the eraser on, seeing the
+      span faintly, and become the steering states. With nothing learnt and nothing seen this is `repair`.
+
+    Attributes:
+        layout: `keep` or `closed` instead of the other; None: as the eraser was trained.
+        window, per_span: of `suffix`: tokens to steer, and more for every token of the span; None: as it was trained.
     """
 
     layout: Layout | None = None
+    window: int | None = None
+    per_span: float | None = None
 
     name = "kveraser"
-    summary = "learned steering states in the span's slots"
-    cost = "span tokens"
+    summary = "learned steering states in place of the span"
+    cost = "span tokens; layout suffix: window + per_span x span"
     source = "arXiv:2606.17034"
     needs_eraser = True
 
     def __post_init__(self) -> None:
         if self.layout is not None and self.layout not in LAYOUTS:
             raise MethodError(f"{self.name}: layout is {self.layout!r}, but it is one of {', '.join(LAYOUTS)}")
+        _check_window(self.name, self.window, self.per_span)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        layout = self.layout or backbone.require_eraser().settings.layout
-        if layout == "closed":
-            # Refuse before the pass: only rotary models can run at fractional positions.
-            _ = backbone.rotation
-        with backbone.erasing():
-            first = ceil(float(cache.positions[span.start]))
-            positions = steering_positions(cache.positions[span.start : span.end], layout)
-            with cache.overwriting(span.start, positions):
-                backbone.forward(tokens[span.start : span.end], cache, positions)
-        if layout == "closed":
+        settled = self.settled(backbone)
+        if settled.layout == "suffix":
+            return _steer_suffix(backbone, cache, tokens, span, settled.width(len(span)))
+        if settled.layout == "compact":
+            return _steer_compact(backbone, cache, span)
+        first = ceil(float(cache.positions[span.start]))
+        positions = steering_positions(cache.positions[span.start : span.end], settled.layout or "keep")
+        with backbone.erasing(), cache.overwriting(span.start, positions):
+            backbone.forward(tokens[span.start : span.end], cache, positions)
+        if settled.layout == "closed":
             close_gap(backbone, cache, span.end, first)
         return result(cache, silenced(cache.length, span), recomputed=len(span))
 
     def settled(self, backbone: Backbone) -> KVEraser:
-        return replace(self, layout=self.layout or backbone.require_eraser().settings.layout)
+        trained = backbone.require_eraser().settings
+        layout = self.layout or trained.layout
+        if layout != trained.layout and {layout, trained.layout} & {"compact", "suffix"}:
+            raise MethodError(
+                f"{self.name}: the loaded eraser was trained for layout {trained.layout}, and can't be used for "
+                f"{layout}: leave the layout out"
+            )
+        if layout == "suffix":
+            # Refuse before the pass: only some attentions take the mask by which the suffix sees the span.
+            _ = backbone.attention_mask(torch.ones(1, 1, dtype=torch.bool))
+        if layout != "keep":
+            # The same: only rotary models can run at these positions.
+            _ = backbone.rotation
+        if layout != "suffix":
+            if self.window is not None or self.per_span is not None:
+                raise MethodError(
+                    f"{self.name}: window and per_span are of layout suffix, and the loaded eraser's is {layout}: "
+                    "leave them out, or use kveraser+repair"
+                )
+            return replace(self, layout=layout)
+        window = trained.repair if self.window is None else self.window
+        # A window of the user's own is what it says.
+        share = trained.repair_per_span if self.window is None else 0.0
+        return replace(self, layout=layout, window=window, per_span=share if self.per_span is None else self.per_span)
+
+    def width(self, span: int) -> int:
+        """Suffix tokens that layout `suffix` steers after a span of `span` tokens; settled only."""
+        return (self.window or 0) + round((self.per_span or 0.0) * span)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        if self.layout == "suffix":
+            return min(self.width(span), suffix)
         return span
+
+
+def _steer_suffix(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, window: int) -> Erased:
+    """Run the first live suffix tokens with the eraser on, then give the span's slots back."""
+    bias = backbone.require_eraser().extras[SPAN_BIAS]
+    behind, end = ceil(float(cache.positions[span.start])), min(span.end + window, cache.length)
+    # Steering states of an earlier erase hold no token that could be run again: the window ends before them.
+    end = next((slot for slot in range(span.end, end) if tokens[slot] == NOT_LIVE), end)
+    count = end - span.end
+    if count:
+        # Where `shift` would move them, holes that an earlier `mask` left among them included.
+        moved = behind - float(cache.positions[span.end])
+        positions = cache.positions[span.end : end] + moved
+        following = cache.positions[end] if end < cache.length else cache.next_position
+        behind = ceil(float(following) + moved)
+        mask = suffix_mask(span.start, len(span), count, bias.detach(), backbone.model.dtype)
+        with backbone.erasing(), cache.overwriting(span.end, positions):
+            backbone.forward(tokens[span.end : end], cache, positions, mask)
+    kept = without(cache.length, span)
+    cache.drop(span.start, span.end)
+    close_gap(backbone, cache, span.start + count, behind)
+    return result(cache, kept, recomputed=count)
+
+
+def _steer_compact(backbone: Backbone, cache: EditableCache, span: Span) -> Erased:
+    """Put the states of the learned tokens in the span's place, and close the gap.
+
+    The pass reads a temporary copy of prefix and span, since the slots that it writes are the span's own.
+    """
+    first = ceil(float(cache.positions[span.start]))
+    # A span shorter than the slots has no room for all of them.
+    count = min(len(backbone.require_eraser().extras[SLOT_EMBEDDINGS]), len(span))
+    positions = steering_positions(torch.full((count,), float(first), dtype=torch.float64), "compact")
+    with torch.no_grad():
+        states = compact_states(backbone, cache.read(0, span.end), positions)
+    with cache.overwriting(span.start, positions):
+        for layer, (keys, values) in enumerate(states):
+            cache.update(keys, values, layer)
+    slots = [*range(span.start), *[NOT_LIVE] * count, *range(span.end, cache.length)]
+    cache.drop(span.start + count, span.end)
+    close_gap(backbone, cache, span.start + count, first)
+    return result(cache, slots, recomputed=count)
 
 
 @dataclass(frozen=True)
 class KVEraserRepair(Method):
-    """`kveraser`, then the first `window` suffix tokens are computed afresh on prefix and steering states."""
+    """`kveraser`, then the first suffix tokens are computed afresh on prefix and steering states.
+
+    Attributes:
+        window, per_span: tokens to compute afresh, and more for every token of the span; None: as it was trained.
+    """
 
     window: int | None = None
     layout: Layout | None = None
+    per_span: float | None = None
 
     name = "kveraser+repair"
     summary = "steering states, then recompute the first suffix tokens"
-    cost = "span + window tokens"
+    cost = "span + window + per_span x span tokens"
     source = "this project"
     needs_eraser = True
 
     def __post_init__(self) -> None:
         KVEraser(self.layout)
-        if self.window is not None and (type(self.window) is not int or self.window < 1):
-            raise MethodError(f"{self.name}: window is {self.window!r}, but it is a count of tokens from 1 on")
+        _check_window(self.name, self.window, self.per_span)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        steered = KVEraser(self.layout)(backbone, cache, tokens, span)
-        recomputed = recompute_window(
-            backbone, cache, tokens, span.end, self.settled(backbone).window or DEFAULT_WINDOW
-        )
+        settled = self.settled(backbone)
+        steered = KVEraser(settled.layout)(backbone, cache, tokens, span)
+        remaining = [NOT_LIVE if slot == NOT_LIVE else tokens[slot] for slot in steered.slots]
+        seam = next((place for place, slot in enumerate(steered.slots) if slot >= span.end), cache.length)
+        recomputed = recompute_window(backbone, cache, remaining, seam, settled.width(len(span)))
         return result(cache, steered.slots, steered.recomputed + recomputed)
 
     def settled(self, backbone: Backbone) -> KVEraserRepair:
-        settings = backbone.require_eraser().settings
-        window = self.window or settings.repair or DEFAULT_WINDOW
-        return replace(self, layout=self.layout or settings.layout, window=window)
+        trained = backbone.require_eraser().settings
+        layout = KVEraser(self.layout).settled(backbone).layout
+        if layout == "suffix":
+            raise MethodError(
+                f"{self.name}: the loaded eraser steers the suffix tokens that a repair would compute: use kveraser"
+            )
+        window = self.window or trained.repair or DEFAULT_WINDOW
+        share = trained.repair_per_span if self.window is None else 0.0
+        return replace(self, layout=layout, window=window, per_span=share if self.per_span is None else self.per_span)
+
+    def width(self, span: int) -> int:
+        """Suffix tokens computed afresh after a span of `span` tokens; settled only."""
+        return (self.window or DEFAULT_WINDOW) + round((self.per_span or 0.0) * span)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
-        return span + min(self.window or DEFAULT_WINDOW, suffix)
+        return span + min(self.width(span), suffix)
+
+
+def _check_window(name: str, window: int | None, per_span: float | None) -> None:
+    if window is not None and (type(window) is not int or window < 1):
+        raise MethodError(f"{name}: window is {window!r}, but it is a count of tokens from 1 on")
+    if per_span is not None and (type(per_span) not in (int, float) or not 0 <= per_span < inf):
+        raise MethodError(f"{name}: per_span is {per_span!r}, but it is a number of tokens, from 0 on")

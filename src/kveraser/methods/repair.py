@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
@@ -15,25 +16,37 @@ from kveraser.spans import Span
 
 @dataclass(frozen=True)
 class Repair(Method):
-    """The tokens next to the seam took most from the span: the first `window` of them are computed afresh."""
+    """The tokens next to the seam took most from the span: the first of them are computed afresh.
+
+    As many as `window`, and `per_span` more for every token of the span: a long span reaches further into the suffix.
+    """
 
     window: int = 32
+    per_span: float = 0.0
 
     name = "repair"
     summary = "shift, then recompute the first suffix tokens"
-    cost = "window tokens; suffix keys are moved"
+    cost = "window + per_span x span tokens; suffix keys are moved"
     source = "arXiv:2609.17983"
     moves_keys = True
 
     def __post_init__(self) -> None:
         if type(self.window) is not int or self.window < 1:
             raise MethodError(f"repair: window is {self.window!r}, but it is a count of tokens from 1 on; or use shift")
+        if type(self.per_span) not in (int, float) or not 0 <= self.per_span < inf:
+            raise MethodError(
+                f"repair: per_span is {self.per_span!r}, but it is tokens per token of the span, from 0 on"
+            )
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         shifted = Shift()(backbone, cache, tokens, span)
         remaining = [tokens[slot] for slot in shifted.slots]
-        recomputed = recompute_window(backbone, cache, remaining, span.start, self.window)
+        recomputed = recompute_window(backbone, cache, remaining, span.start, self.width(len(span)))
         return result(cache, shifted.slots, recomputed)
 
+    def width(self, span: int) -> int:
+        """Suffix tokens that are computed afresh after a span of `span` tokens."""
+        return self.window + round(self.per_span * span)
+
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
-        return min(self.window, suffix)
+        return min(self.width(span), suffix)
