@@ -9,11 +9,11 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.decode import score
-from kveraser.eraser import EraserSettings
-from kveraser.methods.kveraser import KVEraser, KVEraserRepair
+from kveraser.eraser import SPAN_BIAS, EraserSettings
+from kveraser.methods import default_method
 from kveraser.spans import Span
-from kveraser.train.cases import TokenizedCase
-from kveraser.train.distill import case_loss, edited_log_probabilities, prepare, token_kl
+from kveraser.training.cases import TokenizedCase
+from kveraser.training.distill import case_losses, edited_log_probabilities, prepare, shared_prefills, token_kl
 from tests.tiny import attach_random_eraser, random_tokens, tiny_backbone
 
 P, M, S = 20, 9, 25
@@ -29,7 +29,27 @@ CASE = TokenizedCase(
     ),
     kinds=("influence", "no_harm"),
 )
-VARIANTS = [EraserSettings("keep"), EraserSettings("keep", 6), EraserSettings("closed"), EraserSettings("closed", 6)]
+# Another context of the same shape, with other queries, so that the packed queries differ in length.
+OTHER = replace(
+    CASE,
+    id="other",
+    prefix=tuple(random_tokens(P, 11)),
+    span=tuple(random_tokens(M, 12)),
+    suffix=tuple(random_tokens(S, 13)),
+    queries=((tuple(random_tokens(4, 14)), tuple(random_tokens(3, 15))),),
+    kinds=("influence",),
+)
+VARIANTS = [
+    EraserSettings("keep"),
+    EraserSettings("keep", 6),
+    EraserSettings("closed"),
+    EraserSettings("closed", 6, 0.5),
+    EraserSettings("compact", slots=4),
+    EraserSettings("compact", 6, slots=M + 1),
+    EraserSettings("suffix", 6),
+    EraserSettings("suffix", 2, 0.5),
+    EraserSettings("suffix", S + 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,43 +59,69 @@ def erasing() -> Backbone:
     return backbone
 
 
+def armed(settings: EraserSettings) -> Backbone:
+    backbone = tiny_backbone()
+    attach_random_eraser(backbone, settings=settings)
+    return backbone
+
+
 def difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).abs().max())
 
 
 def test_the_teacher_is_the_exact_reference_on_each_query_alone(erasing: Backbone) -> None:
-    prepared = prepare(erasing, CASE, measure_unerased=True)
+    prepared = prepare(erasing, [CASE], measure_unerased=True)
     exact, unerased = (
         erasing.prefill(tokens) for tokens in ([*CASE.prefix, *CASE.suffix], [*CASE.prefix, *CASE.span, *CASE.suffix])
     )
     alone = torch.cat([score(erasing, exact, prompt, answer) for prompt, answer in CASE.queries])
     with_span = torch.cat([score(erasing, unerased, prompt, answer) for prompt, answer in CASE.queries])
     assert difference(prepared.teacher, alone) < 1e-4 < 0.1 < difference(prepared.teacher, with_span)
-    assert prepared.unerased == pytest.approx(float(token_kl(alone, with_span).sum()), rel=1e-3)
-    assert prepare(erasing, CASE).unerased is None
+    assert prepared.unerased is not None
+    assert float(prepared.unerased.sum()) == pytest.approx(float(token_kl(alone, with_span).sum()), rel=1e-3)
+    assert prepare(erasing, [CASE]).unerased is None
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-def test_the_trained_cache_is_the_one_that_erasing_makes(erasing: Backbone, settings: EraserSettings) -> None:
+def test_the_trained_caches_are_those_that_erasing_makes(settings: EraserSettings) -> None:
+    backbone = armed(settings)
     with torch.no_grad():
-        trained = edited_log_probabilities(erasing, prepare(erasing, CASE), settings)
-    tokens = [*CASE.prefix, *CASE.span, *CASE.suffix]
-    cache = erasing.prefill(tokens)
-    unerased = torch.cat([score(erasing, cache, prompt, answer) for prompt, answer in CASE.queries])
-    method = KVEraserRepair(settings.repair, settings.layout) if settings.repair else KVEraser(settings.layout)
-    with cache.edit():
-        method(erasing, cache, tokens, Span(P, P + M))
-    erased = torch.cat([score(erasing, cache, prompt, answer) for prompt, answer in CASE.queries])
-    assert difference(trained, erased) < 1e-4 < 0.1 < difference(trained, unerased)
+        trained = edited_log_probabilities(backbone, prepare(backbone, [CASE, OTHER]), settings)
+    unerased, erased = [], []
+    for case in (CASE, OTHER):
+        tokens = [*case.prefix, *case.span, *case.suffix]
+        cache = backbone.prefill(tokens)
+        unerased += [score(backbone, cache, prompt, answer) for prompt, answer in case.queries]
+        with cache.edit():
+            default_method(backbone.eraser)(backbone, cache, tokens, Span(P, P + M))
+        erased += [score(backbone, cache, prompt, answer) for prompt, answer in case.queries]
+    assert difference(trained, torch.cat(erased)) < 1e-4 < 0.1 < difference(trained, torch.cat(unerased))
+
+
+def test_the_span_bias_has_the_slope_of_its_loss() -> None:
+    settings = EraserSettings("suffix", 6)
+    backbone = armed(settings)
+    prepared, bias = prepare(backbone, [CASE]), backbone.require_eraser().extras[SPAN_BIAS]
+    bias.requires_grad_(True)
+
+    def loss(value: float) -> torch.Tensor:
+        with torch.no_grad():
+            bias.fill_(value)
+        return case_losses(backbone, prepared, settings, "kl", 1.0).sum()
+
+    loss(-1.0).backward()
+    assert bias.grad is not None
+    slope = float((loss(-0.95) - loss(-1.05)).detach()) / 0.1
+    assert abs(slope) > 1e-3 and float(bias.grad) == pytest.approx(slope, rel=0.05)
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_gradients_reach_every_matrix_of_the_eraser_and_nothing_else(settings: EraserSettings) -> None:
-    backbone = tiny_backbone()
-    parameters = attach_random_eraser(backbone).parameters()
+    backbone = armed(settings)
+    parameters = backbone.require_eraser().parameters()
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    case_loss(backbone, prepare(backbone, CASE), settings, "kl", 1.0).backward()
+    case_losses(backbone, prepare(backbone, [CASE]), settings, "kl", 1.0).sum().backward()
     silent = [
         name for name, parameter in parameters.items() if parameter.grad is None or not bool(parameter.grad.any())
     ]
@@ -90,13 +136,13 @@ def test_gradients_reach_every_matrix_of_the_eraser_and_nothing_else(settings: E
 
 
 def test_losses_are_what_they_are_called(erasing: Backbone) -> None:
-    settings, prepared = EraserSettings("keep"), prepare(erasing, CASE)
+    settings, prepared = EraserSettings("keep"), prepare(erasing, [CASE])
     with torch.no_grad():
         edited = edited_log_probabilities(erasing, prepared, settings)
         kl, ce, both = (
-            float(case_loss(erasing, prepared, settings, objective, 1.0)) for objective in ("kl", "ce", "both")
+            float(case_losses(erasing, prepared, settings, objective, 1.0)) for objective in ("kl", "ce", "both")
         )
-        influence_only = float(case_loss(erasing, prepared, settings, "kl", 0.0))
+        influence_only = float(case_losses(erasing, prepared, settings, "kl", 0.0))
     answers = torch.tensor([token for _, answer in CASE.queries for token in answer])
     assert kl == pytest.approx(float(token_kl(prepared.teacher, edited).mean()), rel=1e-5) and kl > 0.05
     assert ce == pytest.approx(float(-edited[torch.arange(len(answers)), answers].mean()), rel=1e-5)
@@ -108,7 +154,71 @@ def test_losses_are_what_they_are_called(erasing: Backbone) -> None:
 
 def test_a_cache_that_equals_the_reference_loses_nothing(erasing: Backbone) -> None:
     # With the whole suffix recomputed and a span at the end of the reach, only the steering states could differ.
-    prepared = prepare(erasing, CASE)
+    prepared = prepare(erasing, [CASE])
     assert float(token_kl(prepared.teacher, prepared.teacher).abs().max()) == 0
     shifted = replace(prepared, teacher=prepared.teacher.roll(1, dims=1))
     assert float(token_kl(prepared.teacher, shifted.teacher).min()) > 0
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_a_batch_has_the_losses_and_gradients_of_its_cases_alone(settings: EraserSettings) -> None:
+    backbone = armed(settings)
+    parameters = backbone.require_eraser().parameters()
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+    def run(batches: list[list[TokenizedCase]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        losses = []
+        for batch in batches:
+            losses.append(case_losses(backbone, prepare(backbone, batch), settings, "kl", 0.5))
+            losses[-1].sum().backward()
+        gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return torch.cat(losses).detach(), gradients
+
+    together, summed = run([[OTHER, CASE]])
+    alone, added = run([[OTHER], [CASE]])
+    assert difference(together, alone) < 1e-5 < 0.01 < difference(alone, alone.flip(0))
+    assert summed.keys() == added.keys()
+    assert max(difference(summed[name], added[name]) for name in summed) < 1e-5
+    assert max(float(value.abs().max()) for value in added.values()) > 1e-3
+
+
+def test_a_batch_of_gpt2_reads_positions_a_row(backbones: dict[str, Backbone]) -> None:
+    # Learned positions are looked up, so they must be given for every row.
+    both, one = (prepare(backbones["gpt2"], cases, measure_unerased=True) for cases in ([CASE, OTHER], [OTHER]))
+    assert difference(both.teacher[-len(one.teacher) :], one.teacher) < 1e-4
+    assert both.unerased is not None and one.unerased is not None
+    assert difference(both.unerased[-len(one.teacher) :], one.unerased) < 1e-4 < 0.01 < float(one.unerased.max())
+
+
+def test_several_spans_of_one_context_share_its_prefill(erasing: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = (*CASE.prefix, *CASE.span, *CASE.suffix)
+    moved = replace(CASE, prefix=tokens[: P + 5], span=tokens[P + 5 : P + 5 + M], suffix=tokens[P + 5 + M :])
+    prefills = shared_prefills(erasing, [CASE, OTHER, moved])
+    assert list(prefills) == [tokens]
+    run: list[int] = []
+    forward = erasing.model.base_model.forward
+    monkeypatch.setattr(
+        erasing.model.base_model,
+        "forward",
+        lambda *arguments, **named: run.append(named["input_ids"].numel()) or forward(*arguments, **named),
+    )
+    for case in (CASE, moved, OTHER):
+        alone = prepare(erasing, [case], measure_unerased=True)
+        longest = max(run)
+        run.clear()
+        shared = prepare(erasing, [case], measure_unerased=True, prefills=prefills)
+        assert longest == len(tokens) and (max(run) < longest) == (case is not OTHER)
+        run.clear()
+        assert shared.unerased is not None and alone.unerased is not None
+        assert difference(shared.teacher, alone.teacher) < 1e-5
+        assert difference(shared.unerased, alone.unerased) < 1e-5
+        assert difference(shared.suffix[1][0], alone.suffix[1][0]) < 1e-5
+
+
+def test_a_case_whose_queries_weigh_nothing_has_no_loss(erasing: Backbone) -> None:
+    harmless = replace(OTHER, kinds=("no_harm",))
+    losses = case_losses(erasing, prepare(erasing, [CASE, harmless]), EraserSettings(), "kl", 0.0)
+    assert losses[0] > 0.01 and losses[1] == 0

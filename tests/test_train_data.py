@@ -12,11 +12,15 @@ from kveraser.backbone import Backbone
 from kveraser.errors import InputError, SpanError
 from kveraser.session import Session
 from kveraser.spans import Characters
-from kveraser.train.cases import CONTINUED_TOKENS, Case, Query, read_cases, tokenize, write_cases
-from kveraser.train.corpus import read_passages
-from kveraser.train.span_neighbor import SpanNeighborSettings, span_neighbor_cases
+from kveraser.training.cases import CONTINUED_TOKENS, Case, Query, normalized, read_cases, tokenize, write_cases
+from kveraser.training.corpus import read_passages
+from kveraser.training.span_neighbor import FOLLOWS, PRECEDES, SpanNeighborSettings, span_neighbor_cases
+from kveraser.training.split import split_passages
 
-PASSAGES = [" ".join(f"{name}{index}" for index in range(90)) for name in ("ash", "birch", "cedar", "elm", "fir")]
+PASSAGES = [" ".join(f"{name}{index}" for index in range(90)) for name in ("elm", "fir", "larch", "oak", "pine")]
+"""All in the train split."""
+HELD_OUT = [" ".join(f"{name}{index}" for index in range(90)) for name in ("ash", "birch", "cedar")]
+"""All held out."""
 SMALL = SpanNeighborSettings(context=(60, 90), span=(4, 40))
 
 
@@ -47,6 +51,20 @@ def test_span_lengths_spread_over_their_whole_range() -> None:
     assert 70 < sum(size < (4 * 40) ** 0.5 for size in sizes) < 130
 
 
+def test_the_splits_share_no_passage_and_no_phrasing() -> None:
+    both = [*PASSAGES, *HELD_OUT]
+    assert (split_passages(both, "train"), split_passages(both, "heldout")) == (PASSAGES, HELD_OUT)
+    train = list(span_neighbor_cases(both, 20, 1, SMALL))
+    heldout = list(span_neighbor_cases(both, 20, 1, SMALL, split="heldout"))
+    assert train == list(span_neighbor_cases(PASSAGES, 20, 1, SMALL))
+    assert heldout == list(span_neighbor_cases(HELD_OUT, 20, 1, SMALL, split="heldout"))
+    assert not {word for case in train for word in case.context.split()} & {
+        word for case in heldout for word in case.context.split()
+    }
+    for phrasings in (FOLLOWS, PRECEDES):
+        assert not set(phrasings["train"]) & set(phrasings["heldout"])
+
+
 def test_a_corpus_that_is_too_short_is_refused() -> None:
     with pytest.raises(InputError, match="1 passages"):
         next(iter(span_neighbor_cases(PASSAGES[:1], 1, 0, SMALL)))
@@ -55,7 +73,8 @@ def test_a_corpus_that_is_too_short_is_refused() -> None:
 
 
 def test_tokens_are_cut_as_a_session_cuts_them(backbone: Backbone, plain_backbone: Backbone) -> None:
-    case = Case("c", "t", "The ship sails on and on until noon.", (6, 13), (Query("Who?", "on the ship"),))
+    queries = (Query("Who?", "on the ship", "no_harm"), Query("Why?", "no wind", "leak", ("wind",), ("sea", "tide")))
+    case = Case("c", "t", "The ship sails on and on until noon.", (6, 13), queries)
     for model in (backbone, plain_backbone):
         session = Session(model, text=case.context)
         span = session.find(Characters(*case.span))[0][0]
@@ -65,6 +84,7 @@ def test_tokens_are_cut_as_a_session_cuts_them(backbone: Backbone, plain_backbon
         assert cut.tokens == len(session.transcript.tokens)
         assert model.tokenizer.decode(cut.queries[0][1]) == "on the ship"
         assert "Who?" in model.tokenizer.decode(cut.queries[0][0])
+        assert (cut.kinds, cut.accepted, cut.wrong) == (("no_harm", "leak"), ((), ("wind",)), ((), ("sea", "tide")))
 
 
 def test_a_continuation_gives_its_first_tokens_and_asks_for_the_rest(backbone: Backbone) -> None:
@@ -85,7 +105,9 @@ def test_case_files_come_back_as_they_were(tmp_path: Path) -> None:
     cases = list(span_neighbor_cases(PASSAGES, 5, seed=1, settings=SMALL))
     path = tmp_path / "new" / "cases.jsonl"
     assert write_cases(path, cases) == 5
-    assert list(read_cases(path)) == cases
+    scored = Case("c", "t", "The ship sails on.", (4, 8), (Query("Who?", "she", "leak", ("she", "a"), ("he",)),))
+    assert write_cases(path, [*cases, scored]) == 6
+    assert list(read_cases(path)) == [*cases, scored]
     assert [file.name for file in path.parent.iterdir()] == ["cases.jsonl"]
 
 
@@ -104,6 +126,11 @@ def test_an_interrupted_write_leaves_the_earlier_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["cases.jsonl"]
     with pytest.raises(InputError, match="can't write"):
         write_cases(path / "below" / "a" / "file", cases)
+
+
+def test_answers_are_compared_as_squad_does() -> None:
+    assert normalized("  The depot, in an Old-Town: A.") == "depot in oldtown"
+    assert normalized("Anna's theatre") == "annas theatre"
 
 
 @pytest.mark.parametrize(

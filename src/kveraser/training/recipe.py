@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kveraser.backbone import DEFAULT_BACKBONE
-from kveraser.eraser import Layout
+from kveraser.eraser import EraserSettings, Layout
 from kveraser.errors import InputError
 
 
@@ -35,40 +36,55 @@ class OptimizerSettings(_Strict):
     schedule: Literal["cosine", "linear"] = "cosine"
     final_fraction: float = Field(default=0.05, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0)
-    cases_per_step: int = Field(default=4, ge=1, description="Cases whose gradients are added up before a step.")
+    cases_per_step: int = Field(default=4, ge=1, description="Cases behind a step, over all processes and batches.")
+    cases_per_batch: int = Field(default=1, ge=1, description="Most cases of one shape that run at once in a process.")
+    shape_multiple: int = Field(
+        default=1, ge=1, description="Cut cases so that more share a shape: see `batches.trimmed`. 1 cuts nothing."
+    )
 
 
 class EvaluationSettings(_Strict):
     """Held-out evaluation during training; the checkpoint with the lowest KL is kept as the best."""
 
-    cases: int = Field(default=24, ge=1, description="Cases taken from the end of the case file, never trained on.")
+    data: str | None = Field(default=None, description="Held-out case file; None: the end of the training file.")
+    cases: int = Field(default=24, ge=1, description="The first cases of `data`, or the last of the training file.")
     every_steps: int = Field(default=50, ge=1)
 
 
 class Recipe(_Strict):
-    """One training run.
+    """One training run, on one process or on many: the number of processes is the launcher's, and changes no numbers.
 
     Attributes:
         backbone: bundled name, folder or hub id.
+        precision: of the frozen backbone: `float32`, `bfloat16`, or `auto`: bfloat16 on CUDA, float32 on a CPU. The
+            adapter, its optimizer and the objective are float32 in all.
         data: case file that `kveraser data build` wrote.
         output: folder of the run: checkpoints, the best eraser, the log.
-        layout, repair: what the eraser is trained for.
+        layout, repair, repair_per_span, slots: what the eraser is trained for, as in `EraserSettings`.
         objective: `kl` distils the exact reference, `ce` is the paper's, `both` their sum.
         no_harm_weight: weight of answer tokens of queries the span never touched.
         epochs: passes over the training cases.
-        initial: eraser to start from (stage 2 starts from stage 1); None: B = 0.
+        max_minutes: stop at this wall-clock limit, evaluated and saved, with the learning rate fallen as it would have
+            at the end: the schedule follows the steps or the time, whichever is further on. Such a run depends on the
+            machine's speed and can't be repeated to the bit. None: no limit.
+        initial: eraser to start from (stage 2 starts from stage 1); None: B = 0. A path that begins with a dot is
+            relative to the recipe.
         checkpoint_minutes: how often to write a checkpoint.
         seed: of the initial adapter and the order of cases.
     """
 
     backbone: str = DEFAULT_BACKBONE
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: str
     output: str
     layout: Layout = "keep"
     repair: int = Field(default=0, ge=0)
+    repair_per_span: float = Field(default=0.0, ge=0)
+    slots: int = Field(default=0, ge=0)
     objective: Literal["kl", "ce", "both"] = "kl"
     no_harm_weight: float = Field(default=1.0, ge=0)
     epochs: int = Field(default=1, ge=1)
+    max_minutes: float | None = Field(default=None, gt=0)
     initial: str | None = None
     checkpoint_minutes: float = Field(default=3.0, gt=0)
     seed: int = 42
@@ -77,10 +93,32 @@ class Recipe(_Strict):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @property
+    def settings(self) -> EraserSettings:
+        """What the eraser is trained for.
+
+        Raises:
+            EraserError: what no eraser can be, such as layout `compact` without slots.
+        """
+        settings = EraserSettings(self.layout, self.repair, self.repair_per_span, self.slots)
+        settings.check("recipe")
+        return settings
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of all that shapes the run's numbers, hex: a checkpoint resumes only under the same."""
         fields = self.model_dump_json(exclude={"output", "checkpoint_minutes"})
         return hashlib.sha256(fields.encode()).hexdigest()
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from its fields, or from a file (see `load_recipe`); paths among given fields are as they are.
+
+    Raises:
+        InputError: an unknown key (with the nearest valid one), a wrong type, or a file that is none.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    return load_recipe(recipe) if isinstance(recipe, str | Path) else _checked(dict(recipe), "the recipe")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -96,14 +134,23 @@ def load_recipe(path: str | Path) -> Recipe:
         raise InputError(f"can't read the recipe {source} ({error.strerror}): check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{source} is not YAML ({' '.join(str(error).split())}): fix that line") from error
+    recipe = _checked(content, str(source))
+    places: dict[str, Any] = {name: _relative(source, getattr(recipe, name)) for name in ("data", "output")}
+    if recipe.initial is not None and recipe.initial.startswith("."):
+        places["initial"] = _relative(source, recipe.initial)
+    if recipe.evaluation.data is not None:
+        held_out = _relative(source, recipe.evaluation.data)
+        places["evaluation"] = recipe.evaluation.model_copy(update={"data": held_out})
+    return recipe.model_copy(update=places)
+
+
+def _checked(content: Any, source: str) -> Recipe:
     if not isinstance(content, dict):
         raise InputError(f"{source} holds {type(content).__name__}, not a mapping: write one `key: value` a line")
     try:
-        recipe = Recipe(**content)
+        return Recipe(**content)
     except (ValidationError, TypeError) as error:
         raise InputError(f"{source}: {_explain(error)}") from error
-    places = {name: _relative(source, getattr(recipe, name)) for name in ("data", "output")}
-    return recipe.model_copy(update=places)
 
 
 def _relative(source: Path, place: str) -> str:

@@ -13,18 +13,33 @@ from dataclasses import dataclass
 from math import exp, log
 
 from kveraser.errors import InputError
-from kveraser.train.cases import Case, Query
+from kveraser.training.cases import Case, Query
+from kveraser.training.split import Split, split_passages
 
-FOLLOWS = (
-    'What comes right after "{words}"?',
-    'Continue the text after "{words}".',
-    'Which words follow "{words}" in the text?',
-)
-PRECEDES = (
-    'What comes right before "{words}"?',
-    'Which words stand directly before "{words}" in the text?',
-    'Which words lead up to "{words}"?',
-)
+FOLLOWS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        'What comes right after "{words}"?',
+        'Continue the text after "{words}".',
+        'Which words follow "{words}" in the text?',
+    ),
+    "heldout": (
+        'Quote what the text says next, once it has said "{words}".',
+        'How does the passage go on from "{words}"?',
+        'Read on from "{words}".',
+    ),
+}
+PRECEDES: dict[Split, tuple[str, ...]] = {
+    "train": (
+        'What comes right before "{words}"?',
+        'Which words stand directly before "{words}" in the text?',
+        'Which words lead up to "{words}"?',
+    ),
+    "heldout": (
+        'Quote what the text says just ahead of "{words}".',
+        'From what words does the passage arrive at "{words}"?',
+        'After which words does "{words}" stand?',
+    ),
+}
 QUOTED_WORDS = 10
 ANSWER_WORDS = 24
 PREFIX_SHARE = (0.2, 0.7)
@@ -45,28 +60,37 @@ class SpanNeighborSettings:
 
 
 def span_neighbor_cases(
-    passages: Sequence[str], count: int, seed: int, settings: SpanNeighborSettings | None = None
+    passages: Sequence[str],
+    count: int,
+    seed: int,
+    settings: SpanNeighborSettings | None = None,
+    split: Split = "train",
+    first: int = 0,
 ) -> Iterator[Case]:
-    """Generate `count` cases; the same seed gives the same cases.
+    """Generate cases `first` to `count` from the passages and phrasings of `split`; the same seed gives the same cases.
 
     Raises:
         InputError: fewer than two passages, or too short a corpus for the sizes asked for.
     """
     settings = settings or SpanNeighborSettings()
-    if len(passages) < 2:
+    own = split_passages(passages, split)
+    if len(own) < 2:
         raise InputError(
-            f"the corpus has {len(passages)} passages: the span comes from another one, so give at least 2"
+            f"the corpus has {len(own)} passages in the {split} split (of {len(passages)}): the span comes from "
+            "another one, so give at least 2"
         )
-    available = sum(len(passage.split()) for passage in passages)
+    available = sum(len(passage.split()) for passage in own)
     wanted = settings.context[1] + settings.span[1]
     if available < wanted:
-        raise InputError(f"the corpus has {available} words, a case takes up to {wanted}: give a longer corpus")
-    for index in range(count):
+        raise InputError(
+            f"the {split} split of the corpus has {available} words, a case takes up to {wanted}: give a longer corpus"
+        )
+    for index in range(first, count):
         # A generator of its own for each case: case 7 is the same whether or not case 6 was built.
-        yield _case(random.Random(f"{seed}/{index}"), passages, settings, f"span-neighbor/{seed}/{index}")
+        yield _case(random.Random(f"{seed}/{index}"), own, settings, split, f"span-neighbor/{split}/{seed}/{index}")
 
 
-def _case(rng: random.Random, passages: Sequence[str], settings: SpanNeighborSettings, name: str) -> Case:
+def _case(rng: random.Random, passages: Sequence[str], settings: SpanNeighborSettings, split: Split, name: str) -> Case:
     shortest, longest = settings.span
     size = round(exp(rng.uniform(log(shortest), log(longest))))
     total = rng.randint(*settings.context)
@@ -77,9 +101,9 @@ def _case(rng: random.Random, passages: Sequence[str], settings: SpanNeighborSet
     before, span, after = " ".join(prefix), " ".join(inserted), " ".join(suffix)
     middle = rng.randrange(QUOTED_WORDS, max(QUOTED_WORDS + 1, len(suffix) - ANSWER_WORDS))
     queries = [
-        _follows(rng, prefix, suffix),
-        _precedes(rng, prefix, suffix),
-        _follows(rng, suffix[:middle], suffix[middle:]),
+        _follows(rng, split, prefix, suffix),
+        _precedes(rng, split, prefix, suffix),
+        _follows(rng, split, suffix[:middle], suffix[middle:]),
         Query(None, " ".join(beyond)),
     ]
     return Case(
@@ -91,13 +115,13 @@ def _case(rng: random.Random, passages: Sequence[str], settings: SpanNeighborSet
     )
 
 
-def _follows(rng: random.Random, before: Sequence[str], after: Sequence[str]) -> Query:
-    question = rng.choice(FOLLOWS).format(words=" ".join(before[-QUOTED_WORDS:]))
+def _follows(rng: random.Random, split: Split, before: Sequence[str], after: Sequence[str]) -> Query:
+    question = rng.choice(FOLLOWS[split]).format(words=" ".join(before[-QUOTED_WORDS:]))
     return Query(question, " ".join(after[:ANSWER_WORDS]))
 
 
-def _precedes(rng: random.Random, before: Sequence[str], after: Sequence[str]) -> Query:
-    question = rng.choice(PRECEDES).format(words=" ".join(after[:QUOTED_WORDS]))
+def _precedes(rng: random.Random, split: Split, before: Sequence[str], after: Sequence[str]) -> Query:
+    question = rng.choice(PRECEDES[split]).format(words=" ".join(after[:QUOTED_WORDS]))
     return Query(question, " ".join(before[-ANSWER_WORDS:]))
 
 

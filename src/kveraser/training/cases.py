@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import string
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -11,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kveraser import chat
-from kveraser.backbone import Backbone
+from kveraser.backbone import Backbone, encode
 from kveraser.errors import InputError
 from kveraser.spans import Span, Transcript
+from kveraser.training.arrow import read_arrow
 
-QueryKind = Literal["influence", "no_harm"]
+QueryKind = Literal["influence", "leak", "no_harm"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,18 @@ class Query:
     Attributes:
         question: the user's words; None continues the context itself.
         answer: the text whose tokens are compared; with no question, what would follow the context.
-        kind: `influence` (the span may steer it) or `no_harm` (the span never touched it).
+        kind: `influence` (the span may steer the answer: about what it contradicted, or about later text that built on
+            it), `leak` (asks for the erased text, and the answer is that text) or `no_harm` (about what the span never
+            touched).
+        accepted: strings of which a greedy answer must contain one, after `normalized`; empty: not scored.
+        wrong: strings of which it must contain none.
     """
 
     question: str | None
     answer: str
     kind: QueryKind = "influence"
+    accepted: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Case:
 class TokenizedCase:
     """A case as tokens: prefix, span and suffix are cut out of one tokenization, as an erase sees them.
 
-    `queries` are `(prompt, answer)` token ids; `weights` has one number a query.
+    `queries` are `(prompt, answer)` token ids; `kinds`, and `accepted` and `wrong` unless empty, are one a query.
     """
 
     id: str
@@ -62,6 +71,8 @@ class TokenizedCase:
     suffix: tuple[int, ...]
     queries: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     kinds: tuple[QueryKind, ...]
+    accepted: tuple[tuple[str, ...], ...] = ()
+    wrong: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -74,24 +85,29 @@ CONTINUED_TOKENS = 4
 
 
 def tokenize(backbone: Backbone, case: Case) -> TokenizedCase:
-    """Cut a case into tokens exactly as `Session` does: one tokenization, the span snapped outwards.
+    """Cut a case into tokens exactly as `Session` does: see `tokenize_with`."""
+    return tokenize_with(backbone.tokenizer, case)
+
+
+def tokenize_with(tokenizer: Any, case: Case) -> TokenizedCase:
+    """Cut a case into tokens, without a model: one tokenization, the span snapped outwards.
 
     Raises:
-        InputError: the span lies outside the context, or is all of it.
+        InputError: an answer without tokens.
+        SpanError: the span lies outside the context, or is all of it.
     """
-    tokenizer = backbone.tokenizer
     templated = chat.has_template(tokenizer)
     opening = chat.first_turn_frame(tokenizer).opening if templated else ""
     transcript = Transcript()
-    transcript.append(opening + case.context, *backbone.tokenize(opening + case.context, special=not templated))
+    transcript.append(opening + case.context, *encode(tokenizer, opening + case.context, special=not templated))
     span: Span = transcript.snap(len(opening) + case.span[0], len(opening) + case.span[1])
     queries = []
     for query in case.queries:
-        answer = backbone.tokenize(query.answer)[0]
+        answer = encode(tokenizer, query.answer)[0]
         if query.question is None:
             prompt, answer = answer[:CONTINUED_TOKENS], answer[CONTINUED_TOKENS:]
         else:
-            prompt = backbone.tokenize(chat.question_text(tokenizer, query.question, templated))[0]
+            prompt = encode(tokenizer, chat.question_text(tokenizer, query.question, templated))[0]
         if not answer:
             raise InputError(f"case {case.id}: the answer {query.answer!r} has no tokens to compare: make it longer")
         queries.append((tuple(prompt), tuple(answer)))
@@ -104,7 +120,15 @@ def tokenize(backbone: Backbone, case: Case) -> TokenizedCase:
         suffix=tuple(tokens[span.end :]),
         queries=tuple(queries),
         kinds=tuple(query.kind for query in case.queries),
+        accepted=tuple(query.accepted for query in case.queries),
+        wrong=tuple(query.wrong for query in case.queries),
     )
+
+
+def normalized(text: str) -> str:
+    """Text as SQuAD compares answers (arXiv:1606.05250): lower case, no punctuation, no articles, single spaces."""
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
@@ -132,20 +156,30 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
 
 
 def read_cases(path: str | Path) -> Iterator[Case]:
-    """The cases of a file.
+    """The cases of a file: JSON lines, or Arrow (`.arrow`, or a folder of such files, as `datasets` writes it).
 
     Raises:
         InputError: the file is missing, or a line is malformed (its number is named).
     """
     source = Path(path)
-    if not source.is_file():
-        raise InputError(f"no case file at {source}: build one with `kveraser data build`")
-    with source.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield _case(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{source}, line {number} is not a case ({error!r}): build the file again") from error
+    arrow = source.suffix == ".arrow" or source.is_dir()
+    rows: Iterator[Any] = read_arrow(source) if arrow else _lines(source)
+    for number, row in enumerate(rows, start=1):
+        try:
+            case = _case(row if arrow else json.loads(row))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{source}, line {number} is not a case ({error!r}): build the file again") from error
+        yield case
+
+
+def _lines(source: Path) -> Iterator[bytes]:
+    try:
+        with source.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise InputError(
+            f"no case file at {source} ({error.strerror}): build one with `kveraser data build`"
+        ) from error
 
 
 def _case(fields: dict[str, Any]) -> Case:
@@ -157,5 +191,11 @@ def _case(fields: dict[str, Any]) -> Case:
         task=fields["task"],
         context=fields["context"],
         span=(start, end),
-        queries=tuple(Query(**query) for query in fields["queries"]),
+        queries=tuple(_query(query) for query in fields["queries"]),
     )
+
+
+def _query(fields: dict[str, Any]) -> Query:
+    # JSON has lists only.
+    listed: dict[str, Any] = {name: tuple(fields[name]) for name in ("accepted", "wrong") if name in fields}
+    return Query(**{**fields, **listed})

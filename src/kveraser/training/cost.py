@@ -1,0 +1,223 @@
+"""What a case costs: computation and memory, from the sizes of the model and of the case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kveraser.backbone import check_supported
+from kveraser.eraser import Eraser, EraserSettings
+from kveraser.training.cases import TokenizedCase
+from kveraser.training.recipe import Recipe
+
+ADAPTER_BYTES = 16
+"""A trainable parameter in float32: itself, its gradient and AdamW's two averages."""
+LOGIT_COPIES = 6
+"""Float32 values a logit: the teacher's, and of the edited cache its logits, their float32 copy, log-probabilities, and
+two terms of the divergence."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that cost depends on.
+
+    Attributes:
+        parameters: of the backbone, tied ones once.
+        linear: weights of the decoder's linear layers, without embeddings and output head.
+        trainable: of the eraser.
+        adapter: those of them that are LoRA matrices.
+    """
+
+    parameters: int
+    linear: int
+    trainable: int
+    adapter: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    positions: int | None
+
+    def kv_bytes(self, tokens: float, width: int) -> float:
+        """Keys and values of `tokens` slots in all layers, `width` bytes a value."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width * tokens
+
+    def forward_flops(self, tokens: float, context: float) -> float:
+        """A pass of `tokens` over a cache of `context` slots: two a weight and token, and in each layer the products of
+        queries with keys and of weights with values, over the whole rectangle (what a causal kernel skips is counted).
+        """
+        return 2 * self.linear * tokens + self.attention_flops(tokens, context)
+
+    def attention_flops(self, tokens: float, context: float) -> float:
+        """The part of `forward_flops` that grows with the context."""
+        return 4 * self.layers * self.heads * self.head_dim * tokens * (context + tokens)
+
+    def backward_flops(self, tokens: float, context: float) -> float:
+        """Gradients of the same pass with frozen weights: once the products with weights, twice those of attention."""
+        return self.forward_flops(tokens, context) + self.attention_flops(tokens, context)
+
+    def head_flops(self, answers: float) -> float:
+        """Logits at `answers` places."""
+        return 2 * self.hidden * self.vocabulary * answers
+
+
+@dataclass(frozen=True)
+class CaseShape:
+    """Tokens of a case: of prefix, span and suffix, of all queries as they are run, and those that are compared."""
+
+    prefix: float
+    span: float
+    suffix: float
+    queried: float
+    answers: float
+
+    @property
+    def tokens(self) -> float:
+        """Context and queries."""
+        return self.prefix + self.span + self.suffix + self.queried
+
+
+@dataclass(frozen=True)
+class Part:
+    """One use of memory, in bytes."""
+
+    part: str
+    bytes: int
+
+
+def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelShape:
+    """Sizes of a backbone and of its eraser, counted on a model that is built without memory.
+
+    Raises:
+        UnsupportedModelError: its layers can't be edited exactly.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        check_supported(model, recipe.backbone)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        linear = sum(
+            parameter.numel()
+            for module in model.base_model.modules()
+            if not isinstance(module, torch.nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() == 2
+        )
+        # The model says which states it keeps: some configurations name heads that it does not read.
+        token = torch.zeros(1, 1, dtype=torch.long)
+        # With a mask of its own, a model looks into none.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        cache = model.base_model(
+            input_ids=token, position_ids=token, attention_mask=mask, use_cache=True
+        ).past_key_values
+        adapter = recipe.adapter
+        eraser = Eraser.untrained(model, adapter.rank, adapter.alpha)
+    text = config.get_text_config(decoder=True)
+    # What layouts train beside the adapter: the slots' embeddings, and the weight that is left to the span.
+    beside = {"compact": settings.slots * text.hidden_size, "suffix": 1}
+    adapted = sum(parameter.numel() for parameter in eraser.parameters().values())
+    _, kv_heads, _, head_dim = cache.layers[0].keys.shape
+    return ModelShape(
+        parameters=parameters,
+        linear=linear,
+        trainable=adapted + beside.get(settings.layout, 0),
+        adapter=adapted,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        positions=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def case_shape(case: TokenizedCase) -> CaseShape:
+    """How many tokens of each kind a case has. An answer's last token is compared, but not run."""
+    return CaseShape(
+        prefix=len(case.prefix),
+        span=len(case.span),
+        suffix=len(case.suffix),
+        queried=sum(len(prompt) + len(answer) - 1 for prompt, answer in case.queries),
+        answers=sum(len(answer) for _, answer in case.queries),
+    )
+
+
+def passes(case: CaseShape, settings: EraserSettings) -> tuple[float, float, float, float]:
+    """Tokens that run with the adapter on and the slots they see; tokens repaired after them; slots edited."""
+    p, m, s = case.prefix, case.span, case.suffix
+    window = min(settings.width(round(m)), s)
+    if settings.layout == "suffix":
+        return window, p + m, 0, p + s
+    if settings.layout == "compact":
+        slots = min(settings.slots, m)
+        return slots, p + m, window, p + slots + s
+    return m, p, window, p + m + s
+
+
+def case_flops(shape: ModelShape, case: CaseShape, settings: EraserSettings) -> dict[str, float]:
+    """FLOPs of one case by phase.
+
+    `prefill`: the contaminated context. `teacher`: the suffix on the prefix, and the queries on both. `steering`: what
+    the layout runs through adapter and backbone, and back, where the adapter's matrices take gradients of their own.
+    `repair`: the suffix's first tokens, and back. `queries`: on the edited cache, and back.
+    """
+    p, m, s, q = case.prefix, case.span, case.suffix, case.queried
+    steering, seen, window, edited = passes(case, settings)
+
+    def both_ways(tokens: float, before: float) -> float:
+        return shape.forward_flops(tokens, before) + shape.backward_flops(tokens, before)
+
+    return {
+        "prefill": shape.forward_flops(p + m + s, 0),
+        "teacher": shape.forward_flops(s, p) + shape.forward_flops(q, p + s) + shape.head_flops(case.answers),
+        "steering": both_ways(steering, seen) + 6 * shape.adapter * steering,
+        "repair": both_ways(window, edited - s),
+        "queries": both_ways(q, edited) + 2 * shape.head_flops(case.answers),
+    }
+
+
+def memory(shape: ModelShape, case: CaseShape, settings: EraserSettings, width: int, batch: int = 1) -> list[Part]:
+    """Memory when the backward pass of `batch` such cases begins, by part, and last the sum.
+
+    `weights`: `width` bytes each. `adapter`: `ADAPTER_BYTES` each. `kv`: the context as prefilled, what the steering
+    and repair passes see and make, and the edited context with the queries. `activations`: see `activation_bytes`.
+    `logits`: `LOGIT_COPIES` float32 values at every answer token.
+    """
+    steering, seen, window, edited = passes(case, settings)
+    slots = (case.prefix + case.span + case.suffix) + (seen + steering) + (edited + case.queried)
+    if window:
+        slots += edited - case.suffix + window
+    parts = {
+        "weights": shape.parameters * width,
+        "adapter": shape.trainable * ADAPTER_BYTES,
+        "kv": batch * shape.kv_bytes(slots, width),
+        "activations": batch * activation_bytes(shape, case, settings, width),
+        "logits": batch * LOGIT_COPIES * 4 * case.answers * shape.vocabulary,
+    }
+    rows = [Part(part, round(size)) for part, size in parts.items()]
+    return [*rows, Part("total", sum(row.bytes for row in rows))]
+
+
+def activation_bytes(shape: ModelShape, case: CaseShape, settings: EraserSettings, width: int) -> float:
+    """What a case keeps for its backward pass, in a decoder with gated MLPs and RMS norms.
+
+    A token and layer keep: the inputs of two norms in float32, the queries and outputs of attention, and three inner
+    values of the MLP. Under the adapter also the inputs of its seven projections in float32: copies of them in half
+    precision, shared ones in float32. Where heads share keys, the masked pass of the queries keeps them repeated.
+    """
+    attention = shape.heads * shape.head_dim
+    steering, _, window, edited = passes(case, settings)
+    tokens = steering + window + case.queried
+    a_token = 4 * 2 * shape.hidden + width * (2 * attention + 3 * shape.intermediate)
+    inputs = 2 * shape.hidden if width == 4 else 5 * shape.hidden + attention
+    under_adapter = 4 * (inputs + shape.intermediate)
+    repeated = 2 * attention * width * (edited + case.queried) if shape.heads > shape.kv_heads else 0
+    return shape.layers * (tokens * a_token + steering * under_adapter + repeated)

@@ -1,0 +1,274 @@
+"""The objective: answer from the edited cache as from the exact one, with gradients that reach the eraser alone.
+
+Cases of one shape (as many tokens of prefix, span and suffix) run together, without padding their contexts. Each is
+prefilled once: the prefix serves the exact reference, the contaminated suffix and the steering states. All queries of a
+case are packed into one forward pass, each seeing the context and itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from kveraser.backbone import Backbone
+from kveraser.cache import KeyValue
+from kveraser.eraser import EraserSettings
+from kveraser.packed import Pair, pack
+from kveraser.scratch_cache import splice
+from kveraser.steering import compact_states, span_states, steering_positions, suffix_states
+from kveraser.training.cases import TokenizedCase
+
+Objective = Literal["kl", "ce", "both"]
+
+Shape = tuple[int, int, int]
+"""Tokens of prefix, span and suffix."""
+
+Prefills = dict[tuple[int, ...], list[KeyValue]]
+"""States of unerased contexts, by their tokens: a pair a layer, `[1, kv_heads, tokens, head_dim]`."""
+
+
+def shape(case: TokenizedCase) -> Shape:
+    """What cases must agree in to run together."""
+    return len(case.prefix), len(case.span), len(case.suffix)
+
+
+def context(case: TokenizedCase) -> tuple[int, ...]:
+    """The tokens of the unerased context."""
+    return (*case.prefix, *case.span, *case.suffix)
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """All of a batch that does not depend on the eraser: computed once, without gradients.
+
+    Attributes:
+        cases: of one shape.
+        prefix: the prefixes' states, a pair a layer, `[batch, kv_heads, prefix, head_dim]`.
+        before: the same with the spans' old states behind them.
+        suffix: the contaminated suffixes' states, at their old positions.
+        teacher: log-probabilities of the exact reference at every answer token, float32 `[answers, vocabulary]`, case
+            after case, query after query.
+        unerased: KL(exact || unerased) at every answer token, float32 `[answers]`, in nats; None where it was not asked
+            for.
+    """
+
+    cases: tuple[TokenizedCase, ...]
+    prefix: list[KeyValue]
+    before: list[KeyValue]
+    suffix: list[KeyValue]
+    teacher: torch.Tensor
+    unerased: torch.Tensor | None = None
+
+    @property
+    def answers(self) -> list[int]:
+        """Answer tokens of every case."""
+        return [sum(len(answer) for _, answer in case.queries) for case in self.cases]
+
+    @property
+    def no_harm(self) -> torch.Tensor:
+        """Which answer tokens belong to queries that the span never touched, bool `[answers]`."""
+        return torch.tensor(
+            [
+                kind == "no_harm"
+                for case in self.cases
+                for kind, (_, answer) in zip(case.kinds, case.queries, strict=True)
+                for _ in answer
+            ],
+            device=self.teacher.device,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states and the reference."""
+        tensors = [self.teacher, *(states for pair in (*self.before, *self.suffix) for states in pair)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def prepare(
+    backbone: Backbone,
+    cases: Sequence[TokenizedCase],
+    measure_unerased: bool = False,
+    prefills: Prefills | None = None,
+    teacher: torch.Tensor | None = None,
+) -> PreparedBatch:
+    """Prefill cases of one shape and let the exact reference answer their queries.
+
+    Args:
+        measure_unerased: answer them from the unerased cache as well, for fidelity.
+        prefills: of contexts that other cases share, from `shared_prefills`.
+        teacher: the exact reference's answers, where they are known.
+    """
+    p, m, s = shape(cases[0])
+    n = p + m + s
+    queries = [case.queries for case in cases]
+    with torch.no_grad():
+        states = _prefilled(backbone, [context(case) for case in cases], prefills or {})
+        prefix = [(keys[:, :, :p], values[:, :, :p]) for keys, values in states]
+        before = [(keys[:, :, : p + m], values[:, :, : p + m]) for keys, values in states]
+        suffix = [(keys[:, :, p + m :], values[:, :, p + m :]) for keys, values in states]
+        if teacher is None:
+            cache = splice(prefix)
+            if s:
+                _forward(backbone, [case.suffix for case in cases], torch.arange(p, p + s), cache)
+            teacher = answer_log_probabilities(backbone, cache, p + s, p + s, queries)
+        unerased = None
+        if measure_unerased:
+            unerased = token_kl(teacher, answer_log_probabilities(backbone, splice(states), n, n, queries))
+    return PreparedBatch(tuple(cases), prefix, before, suffix, teacher, unerased)
+
+
+def reference(backbone: Backbone, cases: Sequence[TokenizedCase]) -> torch.Tensor:
+    """The exact reference's log-probabilities from a fresh prefill of its own, as `PreparedBatch.teacher`."""
+    exact = [(*case.prefix, *case.suffix) for case in cases]
+    with torch.no_grad():
+        cache = splice(_prefilled(backbone, exact, {}))
+        return answer_log_probabilities(backbone, cache, len(exact[0]), len(exact[0]), [case.queries for case in cases])
+
+
+def shared_prefills(backbone: Backbone, cases: Sequence[TokenizedCase]) -> Prefills:
+    """Prefill the contexts that several of `cases` have in common (several spans of one text), each once."""
+    contexts = [context(case) for case in cases]
+    repeated = {tokens for tokens in contexts if contexts.count(tokens) > 1} if len(set(contexts)) < len(cases) else ()
+    with torch.no_grad():
+        return {tokens: _prefilled(backbone, [tokens], {}) for tokens in repeated}
+
+
+def _prefilled(backbone: Backbone, contexts: Sequence[tuple[int, ...]], prefills: Prefills) -> list[KeyValue]:
+    """States of contexts of one length, a pair a layer, `[batch, kv_heads, tokens, head_dim]`."""
+    if any(tokens in prefills for tokens in contexts):
+        rows = [prefills[tokens] if tokens in prefills else _prefilled(backbone, [tokens], {}) for tokens in contexts]
+        return [
+            (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
+            for layer in zip(*rows, strict=True)
+        ]
+    cache = DynamicCache()
+    _forward(backbone, contexts, torch.arange(len(contexts[0])), cache)
+    return _states(cache)
+
+
+def edited_log_probabilities(backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings) -> torch.Tensor:
+    """Log-probabilities of the edited caches at every answer token, float32 `[answers, vocabulary]`, differentiable.
+
+    The same arithmetic as the in-place methods `kveraser` and `kveraser+repair`, out of place (a test compares them).
+    """
+    cases = prepared.cases
+    p, m, s = shape(cases[0])
+    window, suffix, start = min(settings.width(m), s), prepared.suffix, p + m
+    if settings.layout != "keep":
+        keys = backbone.rotation.rotate([keys for keys, _ in suffix], -m)
+        suffix, start = [(key, value) for key, (_, value) in zip(keys, suffix, strict=True)], p
+    rerun = [case.suffix[:window] for case in cases]
+    parts = [prepared.prefix]
+    if settings.layout == "suffix":
+        if window:
+            parts.append(suffix_states(backbone, prepared.before, m, rerun, p))
+    else:
+        parts.append(_steering(backbone, prepared, settings))
+        if window:
+            repaired = splice(*parts)
+            _forward(backbone, rerun, torch.arange(start, start + window), repaired)
+            parts = [_states(repaired)]
+    parts.append([(keys[:, :, window:], values[:, :, window:]) for keys, values in suffix])
+    slots = sum(part[0][0].shape[2] for part in parts)
+    return answer_log_probabilities(backbone, splice(*parts), slots, start + s, [case.queries for case in cases])
+
+
+def _steering(backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings) -> list[KeyValue]:
+    """The steering states that take the span's place, a pair a layer."""
+    p, m, _ = shape(prepared.cases[0])
+    if settings.layout == "compact":
+        # As in place: a span shorter than the slots has no room for all of them.
+        inside = torch.full((min(settings.slots, m),), float(p), dtype=torch.float64)
+        return compact_states(backbone, prepared.before, steering_positions(inside, "compact"))
+    positions = steering_positions(torch.arange(p, p + m, dtype=torch.float64), settings.layout)
+    return span_states(backbone, prepared.prefix, [case.span for case in prepared.cases], positions)
+
+
+def answer_log_probabilities(
+    backbone: Backbone, cache: Any, slots: int, position: int, queries: Sequence[Sequence[Pair]]
+) -> torch.Tensor:
+    """Answer all queries of every case in one pass over a cache, each blind to the others.
+
+    Args:
+        cache: a cache of `slots` slots, a row a case; it is written to.
+        position: where every query starts.
+        queries: of every case.
+
+    Returns:
+        float32 `[answer tokens of all queries of all cases, vocabulary]`.
+    """
+    packs = [pack(pairs, slots, position) for pairs in queries]
+    longest = max(len(packed.tokens) for packed in packs)
+    tokens, positions, masks, rows, places = [], [], [], [], []
+    for row, packed in enumerate(packs):
+        # Padding comes last, where no query sees it; it sees the context, since a place must see something.
+        padding = longest - len(packed.tokens)
+        tokens.append([*packed.tokens, *[0] * padding])
+        positions.append(torch.nn.functional.pad(packed.positions, (0, padding), value=position))
+        visible = torch.nn.functional.pad(packed.visible, (0, padding, 0, padding))
+        visible[len(packed.tokens) :, :slots] = True
+        masks.append(backbone.attention_mask(visible))
+        rows.append(torch.full_like(packed.kept, row))
+        places.append(packed.kept)
+    hidden = _forward(backbone, tokens, torch.stack(positions), cache, torch.cat(masks))
+    # Only the places that are compared pay for the vocabulary.
+    kept = hidden[torch.cat(rows).to(hidden.device), torch.cat(places).to(hidden.device)]
+    logits: torch.Tensor = backbone.model.get_output_embeddings()(kept)
+    return logits.float().log_softmax(dim=-1)
+
+
+def case_losses(
+    backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings, objective: Objective, no_harm_weight: float
+) -> torch.Tensor:
+    """The loss of every case, float32 `[batch]`, in nats per answer token of the case.
+
+    `kl` is KL(exact || edited) at every answer token; `ce` the cross-entropy of the answers, as in the paper; `both`
+    their sum. Cross-entropy rewards an answer for being likely even where the exact reference finds it unlikely, so it
+    is not the default.
+    """
+    edited = edited_log_probabilities(backbone, prepared, settings)
+    weights = torch.where(prepared.no_harm, no_harm_weight, 1.0)
+    losses = torch.zeros_like(weights)
+    if objective in ("kl", "both"):
+        losses = losses + token_kl(prepared.teacher, edited)
+    if objective in ("ce", "both"):
+        answers = [token for case in prepared.cases for _, answer in case.queries for token in answer]
+        losses = losses - edited.gather(1, torch.tensor(answers, device=edited.device)[:, None])[:, 0]
+    parts = zip((losses * weights).split(prepared.answers), weights.split(prepared.answers), strict=True)
+    # A case whose queries all weigh nothing has no loss, rather than none that is a number.
+    return torch.stack([loss.sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny) for loss, weight in parts])
+
+
+def token_kl(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(exact || other) at every place, `[answers]`, in nats, from log-probabilities `[answers, vocabulary]`."""
+    return (exact.exp() * (exact - other)).sum(dim=-1)
+
+
+def _forward(
+    backbone: Backbone,
+    tokens: Sequence[Sequence[int]],
+    positions: torch.Tensor,
+    cache: Any,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The decoder with the adapter off, last hidden states `[batch, tokens, hidden]`; gradients flow through the cache.
+
+    `positions` are whole numbers, `[tokens]` for all rows or `[batch, tokens]`.
+    """
+    output = backbone.model.base_model(
+        input_ids=torch.tensor([list(row) for row in tokens], device=backbone.device),
+        position_ids=torch.atleast_2d(positions).to(device=backbone.device, dtype=torch.long),
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+def _states(cache: DynamicCache) -> list[KeyValue]:
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc, union-attr]

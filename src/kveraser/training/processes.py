@@ -1,0 +1,87 @@
+"""One process or many: who deals with which cases, and what is added up between them.
+
+The adapter is small and every process holds all of it, with its optimizer: after a step's passes the gradients of all
+processes are added up, once. So a process may run any number of batches, of any shapes, and none at all. Under FSDP
+(`accelerate launch --use_fsdp`) the layers of the frozen backbone are sharded as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
+
+from kveraser.backbone import Backbone
+from kveraser.errors import BackboneError
+
+
+class Processes:
+    """This process among those that were launched together (`accelerate launch`, `torchrun`), or alone.
+
+    Attributes:
+        device: of this process.
+        main: whether it is the one that logs and saves.
+        lockstep: whether all must run the same number of passes.
+    """
+
+    def __init__(self) -> None:
+        state = PartialState(cpu=not torch.cuda.is_available())
+        self.device: torch.device = state.device
+        self.count: int = state.num_processes
+        self.index: int = state.process_index
+        self.main: bool = state.is_main_process
+        # What `accelerate launch` passes on; its own state knows no FSDP on a CPU.
+        self.lockstep: bool = self.count > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    def share(self, count: int, index: int | None = None) -> range:
+        """The places among `count` that are dealt to a process (default: this one): runs as even as can be."""
+        index = self.index if index is None else index
+        return range(count * index // self.count, count * (index + 1) // self.count)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Values added up over all processes: the same bits in each."""
+        if self.count == 1:
+            return values
+        total: torch.Tensor = reduce(values, reduction="sum")
+        return total
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add up the gradients over all processes; what has one in none keeps none."""
+        if self.count == 1:
+            return
+        parts = [parameter.new_zeros(parameter.numel() + 1) for parameter in parameters]
+        for part, parameter in zip(parts, parameters, strict=True):
+            if parameter.grad is not None:
+                part[:-1], part[-1] = parameter.grad.flatten(), 1
+        sums = self.sum(torch.cat(parts)).split([part.numel() for part in parts])
+        for part, parameter in zip(sums, parameters, strict=True):
+            parameter.grad = part[:-1].view_as(parameter) if part[-1] else None
+
+    def shard(self, backbone: Backbone) -> None:
+        """Under FSDP, spread the frozen weights of the decoder layers over the processes; the adapter stays whole.
+
+        The last layer stays whole too: what follows its steering keys and values serves no one, so no gradient arrives
+        at its output, where FSDP waits for one to gather the weights again.
+
+        Raises:
+            BackboneError: the model's decoder layers are not where transformers keeps them.
+        """
+        if not self.lockstep:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        layers = next(
+            (
+                module
+                for module in backbone.model.base_model.children()
+                if isinstance(module, torch.nn.ModuleList) and len(module) == backbone.layers
+            ),
+            None,
+        )
+        if layers is None:
+            raise BackboneError(f"{backbone.name} has no list of decoder layers to shard: train it without FSDP")
+        adapter = set(backbone.require_eraser().parameters().values())
+        for layer in layers[:-1]:
+            fully_shard(layer, ignored_params=adapter & set(layer.parameters()), reshard_after_forward=True)
