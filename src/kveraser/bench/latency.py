@@ -6,7 +6,6 @@ over rounds. Every edit is reverted before the next is timed.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from kveraser.backbone import Backbone
+from kveraser.bench.environment import environment
 from kveraser.cache import EditableCache
 from kveraser.decode import rewound
 from kveraser.errors import InputError
@@ -180,25 +180,10 @@ def to_json(
     rows: Sequence[LatencyRow], backbone: Backbone, settings: dict[str, Any], notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Rows with all that is needed to read them: settings, versions, hardware."""
-    import transformers
-
-    from kveraser import __version__
-
     return {
         "command": "kveraser bench latency",
         "settings": settings,
-        "backbone": backbone.name,
-        "eraser": backbone.eraser.name if backbone.eraser else None,
-        "dtype": str(backbone.model.dtype).removeprefix("torch."),
-        "device": str(backbone.device),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "versions": {
-            "kveraser": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **environment(backbone),
         "notes": list(notes),
         "rows": [asdict(row) for row in rows],
     }

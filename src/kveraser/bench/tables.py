@@ -1,4 +1,4 @@
-"""The README's tables, rendered from committed result files: `python -m kveraser.bench.tables` writes them in place."""
+"""The tables of README and docs, rendered from committed result files: `python -m kveraser.bench.tables`."""
 
 from __future__ import annotations
 
@@ -49,11 +49,106 @@ def latency_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo_table, "latency": latency_table}
+def heldout_table(result: Mapping[str, Any]) -> str:
+    """The held-out suite over all tasks, lengths and spans, a row a method."""
+    lines = [
+        "| method | tokens run | seconds | KL to exact | fidelity | EM (exact) | leak | no-harm KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in _margin(result, task="all", length="all", span="all"):
+        matched = "" if row["em"] is None else f"{row['em']:.2f} ({row['em_exact']:.2f})"
+        lines.append(
+            f"| `{row['method']}` | {row['recomputed']:.0f} | {row['seconds']:.2f} | {_with_interval(row, 'kl', 4)} "
+            f"| {_with_interval(row, 'fidelity', 2)} | {matched} | {row['leak']:+.3f} | {row['no_harm']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def heldout_spans_table(result: Mapping[str, Any]) -> str:
+    """Fidelity by span length, a row a method."""
+    return _fidelities(result, "span", "span of {} tokens", {"task": "all", "length": "all"})
+
+
+def heldout_lengths_table(result: Mapping[str, Any]) -> str:
+    """Fidelity by context length, a row a method."""
+    return _fidelities(result, "length", "{} tokens", {"task": "all", "span": "all"})
+
+
+def heldout_tasks_table(result: Mapping[str, Any]) -> str:
+    """KL by task with its interval, a row a method."""
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"] if row["task"] != "all"))
+    rows = {(row["method"], row["task"]): row for row in _margin(result, length="all", span="all")}
+    lines = ["| KL to exact | " + " | ".join(f"{task}" for task in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for method in dict.fromkeys(method for method, _ in rows):
+        cells = [_with_interval(rows[method, task], "kl", 4) for task in tasks]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def variants_table(result: Mapping[str, Any]) -> str:
+    """Small erasers that differ in one choice, a row a variant."""
+    lines = [
+        "| variant | trained on | tokens run | KL to exact | fidelity | leak | no-harm KL | answers against exact |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['variant']} | {row['trained_on']} | {row['tokens']:.0f} | {row['kl']:.4f} "
+        f"| {_with_interval(row, 'fidelity', 2)} | {row['leak']:+.3f} | {row['no_harm']:.4f} "
+        f"| {row['answers'] - row['answers_exact']:+.3f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def _margin(result: Mapping[str, Any], **wanted: Any) -> list[Mapping[str, Any]]:
+    return [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
+
+
+def _fidelities(result: Mapping[str, Any], column: str, heading: str, wanted: Mapping[str, Any]) -> str:
+    rows = {(row["method"], row[column]): row for row in _margin(result, **wanted) if row[column] != "all"}
+    sizes = sorted({size for _, size in rows})
+    lines = [
+        "| fidelity | " + " | ".join(heading.format(size) for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for method in dict.fromkeys(method for method, _ in rows):
+        lines.append(
+            f"| `{method}` | " + " | ".join(_with_interval(rows[method, size], "fidelity", 2) for size in sizes) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _with_interval(row: Mapping[str, Any], name: str, digits: int) -> str:
+    """A figure with its 95% interval where it has one."""
+    if row[name] is None:
+        return "-"
+    # An exact method's KL is 0 up to rounding, on either side.
+    value = f"{row[name] if abs(row[name]) >= 10**-digits / 2 else 0.0:.{digits}f}"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    return (
+        value
+        if low is None or high is None or high - low < 10**-digits
+        else f"{value} ({low:.{digits}f} to {high:.{digits}f})"
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "demo": ("demo", demo_table),
+    "latency": ("latency", latency_table),
+    "heldout": ("heldout", heldout_table),
+    "heldout_spans": ("heldout", heldout_spans_table),
+    "heldout_lengths": ("heldout", heldout_lengths_table),
+    "heldout_tasks": ("heldout", heldout_tasks_table),
+    "variants": ("variants", variants_table),
+}
+"""By name: the result file, and what renders it."""
+
+DOCUMENTS = ("README.md", "docs/eraser.md")
+"""Where tables stand, from the repository's root."""
 
 
 def fill(document: str, results: Path) -> str:
-    """`document` with every marked table rendered from `results/<name>.json`.
+    """`document` with every marked table rendered from its result file in `results`.
 
     Raises:
         InputError: a table that nothing renders, or a result file that is missing.
@@ -61,18 +156,20 @@ def fill(document: str, results: Path) -> str:
 
     def render(match: re.Match[str]) -> str:
         name = match.group("name")
-        source = results / f"{name}.json"
-        if name not in TABLES or not source.is_file():
+        result, rendered = TABLES.get(name, (name, None))
+        source = results / f"{result}.json"
+        if rendered is None or not source.is_file():
             raise InputError(f"the table {name!r} has no renderer or no {source}: run `make results`")
-        return f"<!-- table: {name} -->\n{TABLES[name](json.loads(source.read_text('utf-8')))}\n<!-- end -->"
+        return f"<!-- table: {name} -->\n{rendered(json.loads(source.read_text('utf-8')))}\n<!-- end -->"
 
     return MARKED.sub(render, document)
 
 
 def main(root: Path = Path()) -> int:
-    """Rewrite the README's tables. Run from the repository."""
-    readme = root / "README.md"
-    readme.write_text(fill(readme.read_text("utf-8"), root / "docs" / "results"), "utf-8")
+    """Rewrite the documents' tables. Run from the repository."""
+    for name in DOCUMENTS:
+        document = root / name
+        document.write_text(fill(document.read_text("utf-8"), root / "docs" / "results"), "utf-8")
     return 0
 
 
