@@ -1,9 +1,11 @@
 # Each target does all it needs on a fresh machine, and is quick the second time.
 # PYTHON=python3.12 make test    uses another interpreter (.venv is made again for it)
 # WORKERS=4 make test            runs the tests in more processes
+# CORPUS=text.jsonl make results-eraser    measures the eraser on passages of your own
 
 PYTHON ?= python3
 WORKERS ?= 2
+CORPUS ?= wikimedia/wikipedia
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -16,13 +18,14 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint results install backbone clean distclean
+.PHONY: help demo test lint results results-eraser install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
 	@echo "make test       run the tests with coverage"
 	@echo "make lint       ruff and mypy"
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
+	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
 	@echo "make clean      remove caches and build outputs"
@@ -54,6 +57,21 @@ results: $(BACKBONE)
 	@mv docs/results/latency.json.part docs/results/latency.json
 	@$(BIN)/python -m kveraser.bench.tables
 	@echo "Wrote docs/results and the README's tables"
+
+results-eraser: $(BACKBONE)
+	@mkdir -p build
+	@echo "Measuring: training throughput"
+	@$(BIN)/kveraser bench train --json >docs/results/training.json.part
+	@mv docs/results/training.json.part docs/results/training.json
+	@echo "Measuring: held-out suite"
+	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024,2048 --spans 50,200,600 \
+		--cases 3 --output build/heldout --json >docs/results/heldout.json.part
+	@mv docs/results/heldout.json.part docs/results/heldout.json
+	@echo "Measuring: variants"
+	@$(BIN)/kveraser bench variants --corpus $(CORPUS) --cases 40 --output build/variants.jsonl --json \
+		>docs/results/variants.json.part
+	@mv docs/results/variants.json.part docs/results/variants.json
+	@$(BIN)/python -m kveraser.bench.tables
 
 install: $(INSTALLED)
 

@@ -194,7 +194,7 @@ def test_methods_lists_every_method_with_its_parameters(run: Run) -> None:
     rows = read(run("methods", "--json"))["rows"]
     assert [row["method"] for row in rows] == list(METHODS)
     by_name = {row["method"]: row for row in rows}
-    assert by_name["repair"]["parameters"] == {"window": 32} and by_name["kveraser"]["needs_eraser"]
+    assert by_name["repair"]["parameters"] == {"window": 32, "per_span": 0.0} and by_name["kveraser"]["needs_eraser"]
     code, out, _ = run("methods")
     assert code == 0 and "CacheBlend" in out
 

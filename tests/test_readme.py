@@ -1,4 +1,4 @@
-"""The README's figures come from the committed result files."""
+"""The documents' figures come from the committed result files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from kveraser.bench.tables import MARKED, TABLES, fill
+from kveraser.bench.tables import DOCUMENTS, MARKED, TABLES, fill
 from kveraser.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_tables_are_what_the_result_files_say() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert {match.group("name") for match in MARKED.finditer(readme)} == set(TABLES)
-    assert fill(readme, ROOT / "docs" / "results") == readme
+    documents = [(ROOT / name).read_text("utf-8") for name in DOCUMENTS]
+    assert {match.group("name") for document in documents for match in MARKED.finditer(document)} == set(TABLES)
+    for document in documents:
+        assert fill(document, ROOT / "docs" / "results") == document
 
 
 def test_a_changed_result_changes_its_table(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kveraser.receipt import Audit, Receipt
     from kveraser.session import Answer, Session
     from kveraser.spans import Characters, Message, Pattern, Text, Tokens, ToolCall
+    from kveraser.training.loop import train
 
 _HOMES = {
     "Answer": "session",
@@ -38,6 +39,7 @@ _HOMES = {
     "Tokens": "spans",
     "ToolCall": "spans",
     "make_method": "methods",
+    "train": "training.loop",
 }
 
 
@@ -54,5 +56,5 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "METHODS", "Answer", "Audit", "Backbone", "Characters", "Decoding", "EditableCache", "Eraser", "KVEraserError",
-    "Message", "Pattern", "Probe", "Receipt", "Session", "Text", "Tokens", "ToolCall", "make_method",
+    "Message", "Pattern", "Probe", "Receipt", "Session", "Text", "Tokens", "ToolCall", "make_method", "train",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from kveraser.errors import BackboneError, ContextLengthError, EraserError, Unsu
 from kveraser.rope import Rotation, detect
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
+SHIPPED_ERASER = "shipped"
 PREFILL_CHUNK = 512
 
 Progress = Callable[[int, int], None]
@@ -62,14 +63,15 @@ class Backbone:
         *,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
-        eraser: str | Path | None = None,
+        eraser: str | Path | None = SHIPPED_ERASER,
     ) -> Backbone:
         """Load a backbone by hub id, folder, or the bundled name `smollm2-135m-instruct`.
 
         Args:
             device: default `cuda` where there is one, else `cpu`.
             dtype: default bfloat16 on CUDA, float32 on CPU.
-            eraser: PEFT LoRA folder or hub id to load with it.
+            eraser: PEFT LoRA folder or hub id to load with it; `shipped`: the one that comes with kveraser for this
+                backbone, if there is one; None: none.
 
         Raises:
             BackboneError: not found, or not readable as a causal language model.
@@ -101,7 +103,14 @@ class Backbone:
                 "give a folder or hub id of a causal language model, and check the connection"
             ) from error
         backbone = cls(model, tokenizer, str(name))
-        if eraser is not None:
+        if eraser == SHIPPED_ERASER:
+            from kveraser.bundled import shipped_eraser_folder
+
+            folder = shipped_eraser_folder(str(name))
+            if folder is not None:
+                # Results name it, not the place where a machine keeps it.
+                backbone.load_eraser(folder).name = SHIPPED_ERASER
+        elif eraser is not None:
             backbone.load_eraser(eraser)
         return backbone
 
@@ -157,20 +166,8 @@ class Backbone:
         return self.eraser
 
     def tokenize(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of `text` and the `(start, end)` of each in it, in characters.
-
-        Args:
-            special: put the tokenizer's own beginning-of-text marker in front, if it uses one. Never an end marker,
-                which would end a text that goes on.
-        """
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
-        if special:
-            whole = list(self.tokenizer(text)["input_ids"])
-            leads = range(len(whole) - len(tokens) + 1)
-            lead = next((lead for lead in leads if whole[lead : lead + len(tokens)] == tokens), 0)
-            tokens, offsets = whole[:lead] + tokens, [(0, 0)] * lead + offsets
-        return tokens, offsets
+        """Token ids of `text` and the `(start, end)` of each in it: see `encode`."""
+        return encode(self.tokenizer, text, special)
 
     # Forward passes
 
@@ -289,6 +286,24 @@ class Backbone:
                 "load it with attn_implementation='sdpa'"
             )
         return visible[None, None].to(self.device)
+
+
+def encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text` and the `(start, end)` of each in it, in characters.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        special: put the tokenizer's own beginning-of-text marker in front, if it uses one. Never an end marker,
+            which would end a text that goes on.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+    if special:
+        whole = list(tokenizer(text)["input_ids"])
+        leads = range(len(whole) - len(tokens) + 1)
+        lead = next((lead for lead in leads if whole[lead : lead + len(tokens)] == tokens), 0)
+        tokens, offsets = whole[:lead] + tokens, [(0, 0)] * lead + offsets
+    return tokens, offsets
 
 
 def check_supported(model: Any, name: str) -> None:

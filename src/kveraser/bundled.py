@@ -104,6 +104,12 @@ def bundled_backbone_folder(progress: Progress | None = None) -> Path:
     return folder
 
 
+def shipped_eraser_folder(backbone: str) -> Path | None:
+    """The eraser that comes with kveraser for a backbone, or None."""
+    folder = Path(__file__).parent / "erasers" / backbone
+    return folder if backbone == MODEL_NAME and (folder / "adapter_config.json").is_file() else None
+
+
 def bundled_status() -> str:
     """Whether the bundled backbone is converted, installed, or missing, in words for a listing."""
     try:

@@ -9,9 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kveraser.bench.commands import quality, variants
+from kveraser.bench.commands import train as bench_train
 from kveraser.console import RECEIPT_COLUMNS, bar, emit, print_answers, print_document, print_rows, receipt_row, say
 from kveraser.errors import InputError, KVEraserError, MethodError
-from kveraser.train.commands import data, train
+from kveraser.options import (
+    DEFAULT_MODEL,
+    SHIPPED,
+    Device,
+    Dtype,
+    EraserOption,
+    Json,
+    Model,
+    eraser_named,
+    load_backbone,
+    quiet,
+)
+from kveraser.training.commands import data, train
 
 if TYPE_CHECKING:
     from kveraser.backbone import Backbone
@@ -34,15 +48,12 @@ bench = typer.Typer(help="Measure methods on this machine.", no_args_is_help=Tru
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.command()(train)
+bench.command()(quality)
+bench.command("train")(bench_train)
+bench.command()(variants)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of tables.")]
-Model = Annotated[str, typer.Option(help="Hub id, folder, or the bundled smollm2-135m-instruct.")]
-EraserOption = Annotated[str | None, typer.Option(help="PEFT LoRA folder or hub id of a trained eraser.")]
-Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]
-Dtype = Annotated[str | None, typer.Option(help="Default: bfloat16 on cuda, float32 on cpu.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 NO_METHOD: tuple[None] = (None,)
 
 
@@ -74,7 +85,7 @@ def _fail(message: str, code: int) -> None:
 @app.command()
 def demo(
     model: Model = DEFAULT_MODEL,
-    eraser: EraserOption = None,
+    eraser: EraserOption = SHIPPED,
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("kveraser-demo.png"),
     json_output: Json = False,
 ) -> None:
@@ -84,7 +95,7 @@ def demo(
     from kveraser.demo.run import run_document, summarize
     from kveraser.methods import METHODS
 
-    backbone = _load(model, eraser)
+    backbone = load_backbone(model, eraser)
     results = []
     documents = load_documents()
     with bar(total=len(documents) * (len(METHODS) + 1)) as advance:
@@ -118,7 +129,7 @@ def erase(
     max_kl: Annotated[float | None, typer.Option(help="Budget of method auto, nats per answer token.")] = None,
     audit: Annotated[bool, typer.Option(help="Measure against exact recomputation.")] = True,
     model: Model = DEFAULT_MODEL,
-    eraser: EraserOption = None,
+    eraser: EraserOption = SHIPPED,
     device: Device = None,
     dtype: Dtype = None,
     max_new_tokens: NewTokens = 64,
@@ -135,7 +146,7 @@ def erase(
     conversation = _parse_messages(document, context) if messages else None
     for name in method or []:
         _check_method(name)
-    backbone = _load(model, eraser, device, dtype)
+    backbone = load_backbone(model, eraser, device, dtype)
     session = _open(backbone, None if messages else document, conversation)
     session.find(selectors)
     after: list[dict[str, Any]] = []
@@ -180,7 +191,7 @@ def ask(
     load: Annotated[Path, typer.Option(help="Session file written by erase --save.")],
     ask: Annotated[list[str], typer.Option(help="Question; several allowed.")],
     model: Annotated[str | None, typer.Option(help="Default: the model named in the file.")] = None,
-    eraser: EraserOption = None,
+    eraser: EraserOption = SHIPPED,
     device: Device = None,
     dtype: Dtype = None,
     max_new_tokens: NewTokens = 64,
@@ -189,8 +200,8 @@ def ask(
     """Ask a saved session."""
     from kveraser.session import Session
 
-    _quiet()
-    session = Session.load(load, model, eraser=eraser, device=device, dtype=dtype)
+    quiet()
+    session = Session.load(load, model, eraser=eraser_named(eraser), device=device, dtype=dtype)
     answers = _answers(session, ask, max_new_tokens)
     if json_output:
         emit({"answers": answers, "exact": session.exact, "receipts": [r.to_json() for r in session.receipts]})
@@ -247,7 +258,7 @@ def latency(
     method: Annotated[list[str] | None, typer.Option(help="Default: every method.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds after one of warm-up.")] = 5,
     model: Model = DEFAULT_MODEL,
-    eraser: EraserOption = None,
+    eraser: EraserOption = SHIPPED,
     device: Device = None,
     dtype: Dtype = None,
     json_output: Json = False,
@@ -262,7 +273,7 @@ def latency(
     except ValueError as error:
         raise typer.BadParameter(f"--lengths {lengths!r} is not a list of numbers, such as 512,1024") from error
     chosen = [make_method(name) for name in method or METHODS]
-    backbone = _load(model, eraser, device, dtype)
+    backbone = load_backbone(model, eraser, device, dtype)
     notes = []
     if backbone.eraser is None and any(one.needs_eraser for one in chosen):
         # The cost of an adapter does not depend on what it has learnt.
@@ -350,18 +361,6 @@ def _check_method(name: str) -> None:
         make_method(name)
 
 
-def _load(model: str, eraser: str | None, device: str | None = None, dtype: str | None = None) -> Backbone:
-    _quiet()
-    from kveraser.backbone import Backbone
-
-    if model == DEFAULT_MODEL:
-        from kveraser.bundled import bundled_backbone_folder
-
-        with bar(total=1.0) as advance:
-            bundled_backbone_folder(lambda step, fraction: advance(step, fraction))
-    return Backbone.load(model, device=device, dtype=dtype, eraser=eraser)
-
-
 def _open(backbone: Backbone, text: str | None, conversation: list[dict[str, Any]] | None) -> Session:
     from kveraser.session import Session
 
@@ -379,11 +378,3 @@ def _answers(session: Session, questions: list[str], max_new_tokens: int) -> lis
         {"question": question, "answer": session.ask(question, max_new_tokens=max_new_tokens).text}
         for question in questions
     ]
-
-
-def _quiet() -> None:
-    """Our own progress is enough: transformers' bars would stand between the lines of a result."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 
 from kveraser import chat
-from kveraser.backbone import DEFAULT_BACKBONE, Backbone, Progress
+from kveraser.backbone import DEFAULT_BACKBONE, SHIPPED_ERASER, Backbone, Progress
 from kveraser.cache import EditableCache, Journal
 from kveraser.errors import InputError, SessionError
 from kveraser.receipt import Receipt
@@ -49,7 +49,8 @@ class Context:
         text: a document; with a chat model it opens the first user turn, and questions continue that turn.
         messages: a conversation in the OpenAI format, rendered by the model's own chat template.
         tools: tool descriptions for the template.
-        eraser: PEFT LoRA folder or hub id, loaded into the backbone.
+        eraser: PEFT LoRA folder or hub id, loaded into the backbone. Default: for a backbone given by name the eraser
+            that ships for it, if there is one; a ready one stays as it is. None: none.
         device, dtype: see `Backbone.load`; only with a backbone given by name.
         progress: called with tokens done and in all during prefill.
 
@@ -66,7 +67,7 @@ class Context:
         text: str | None = None,
         messages: Sequence[chat.ChatMessage] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        eraser: str | Path | None = None,
+        eraser: str | Path | None = SHIPPED_ERASER,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
         progress: Progress | None = None,
@@ -78,7 +79,7 @@ class Context:
         if isinstance(backbone, Backbone):
             if device is not None or dtype is not None:
                 raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
-            if eraser is not None:
+            if eraser is not None and eraser != SHIPPED_ERASER:
                 backbone.load_eraser(eraser)
         else:
             backbone = Backbone.load(backbone, device=device, dtype=dtype, eraser=eraser)

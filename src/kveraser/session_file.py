@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kveraser.backbone import Backbone
+from kveraser.backbone import SHIPPED_ERASER, Backbone
 from kveraser.cache import EditableCache
 from kveraser.errors import InputError, SessionFileError
 from kveraser.receipt import Audit, ProbeResult, Receipt
@@ -96,7 +96,7 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
     unknown = sorted(set(loading) - {"device", "dtype", "eraser"})
     if unknown:
         raise InputError(f"loading a session takes no {unknown[0]!r}: it takes device, dtype and eraser")
-    chosen = {name: value for name, value in loading.items() if value is not None}
+    chosen = {name: value for name, value in loading.items() if value is not None or name == "eraser"}
     if isinstance(backbone, Backbone) and {"device", "dtype"} & set(chosen):
         raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
     document, tensors = _read(Path(path))
@@ -106,7 +106,7 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
         raise SessionFileError(f"{path} is not a whole session file (no {error}): save the session again") from error
     if not isinstance(backbone, Backbone):
         backbone = Backbone.load(backbone or named, **{"dtype": dtype} | chosen)
-    elif "eraser" in chosen and backbone.fingerprint == fingerprint:
+    elif chosen.get("eraser") not in (None, SHIPPED_ERASER) and backbone.fingerprint == fingerprint:
         backbone.load_eraser(chosen["eraser"])
     if backbone.fingerprint != fingerprint:
         raise SessionFileError(

@@ -1,0 +1,81 @@
+"""The eraser that ships with the bundled backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kveraser import Session
+from kveraser.backbone import SHIPPED_ERASER, Backbone
+from kveraser.bundled import MODEL_NAME, shipped_eraser_folder
+from kveraser.eraser import EXTRAS_FILE
+from kveraser.probes import Probe
+
+MOST_BYTES = 12_000_000
+
+BEFORE = "The harbour office opens at eight. The ferry to the island leaves from the second pier. "
+SPAN = "The captain of the ferry is Odile Marchetti, and she lives in Trieste with her two brothers. "
+AFTER = (
+    "Her crew says that the winters in that city are windy. The brothers of the captain repair nets. Tickets are sold "
+    "on board, and children travel free. The last ferry comes back at nine in the evening, when the lamps are lit. "
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Iterator[Backbone]:
+    yield Backbone.load(MODEL_NAME)
+
+
+def test_it_is_small_and_in_bfloat16() -> None:
+    folder = shipped_eraser_folder(MODEL_NAME)
+    assert folder is not None
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= MOST_BYTES
+    for name in ("adapter_model.safetensors", EXTRAS_FILE):
+        tensors = load_file(folder / name)
+        assert tensors and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_other_backbones_have_none() -> None:
+    assert shipped_eraser_folder("owner/model") is None
+    assert shipped_eraser_folder("../smollm2-135m-instruct") is None
+
+
+@pytest.mark.backbone
+def test_the_bundled_backbone_erases_with_it_unless_told_otherwise(backbone: Backbone) -> None:
+    assert backbone.eraser is not None and backbone.eraser.name == SHIPPED_ERASER
+    # It was trained, not only made: B is 0 before training.
+    assert any(bool(matrix.any()) for name, matrix in backbone.eraser.parameters().items() if "lora_B" in name)
+    session = Session(backbone, text=BEFORE + SPAN + AFTER)
+    assert session.erase(SPAN).method == "kveraser"
+    assert Backbone.load(MODEL_NAME, eraser=None).eraser is None
+
+
+@pytest.mark.backbone
+def test_it_forgets_more_than_moving_the_cache_does(backbone: Backbone) -> None:
+    probes = [
+        Probe("Where does the captain's family live?", answer="They live in a windy city."),
+        Probe("What do the brothers of the captain do?", answer="The brothers repair nets."),
+        Probe("When does the last ferry come back?", answer="It comes back at nine in the evening."),
+    ]
+    measured: dict[str, float] = {}
+    for method in ("shift", "kveraser"):
+        session = Session(backbone, text=BEFORE + SPAN + AFTER)
+        session.erase(SPAN, method=method)
+        audit = session.audit(probes)
+        assert audit.kl is not None and audit.kl_unerased is not None and audit.kl_unerased > 0
+        measured[method] = audit.kl
+    assert 0 < measured["kveraser"] < measured["shift"] / 2
+
+
+def test_its_card_says_how_it_was_made() -> None:
+    folder = shipped_eraser_folder(MODEL_NAME)
+    assert folder is not None
+    card = (Path(folder) / "README.md").read_text("utf-8")
+    assert card.startswith("---\n") and "base_model:" in card and "library_name: peft" in card
+    for heading in ("## Data", "## Training", "## Results", "## Limits"):
+        assert heading in card
