@@ -266,9 +266,10 @@ class Backbone:
         return logits.float()
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
-        """`positions` (`[tokens]`) as the model takes them, `[1, tokens]`: int64 where whole, else float32."""
+        """`positions` (`[tokens]` or `[batch, tokens]`) as the model takes them, with a batch: int64 if whole, else float32."""
         whole = bool((positions == positions.round()).all())
-        return positions.to(device=self.device, dtype=torch.long if whole else torch.float32).unsqueeze(0)
+        rows = positions if positions.dim() == 2 else positions.unsqueeze(0)
+        return rows.to(device=self.device, dtype=torch.long if whole else torch.float32)
 
     def attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
         """Which slots every token sees (bool `[tokens, slots]`) as the model takes it, `[1, 1, tokens, slots]`.

@@ -39,20 +39,22 @@ class EraserSettings:
     Attributes:
         layout: where the steering states sit. `keep`: in the span's slots, at its positions (the paper's). `closed`: in
             its slots, at fractional positions in the closed gap. `compact`: in `slots` slots in the closed gap.
-            `suffix`: in the first suffix tokens, behind the closed gap; the span's slots are given back.
+            `suffix`: in suffix tokens, behind the closed gap; the span's slots are given back.
         repair: suffix tokens that are computed afresh behind the steering states; with `suffix`, those that hold them.
         repair_per_span: as many more for every token of the span.
         slots: steering slots of `compact`.
+        echoes: of `suffix`: for every token of the span, suffix tokens that repeat it and hold steering states as well.
     """
 
     layout: Layout = "keep"
     repair: int = 0
     repair_per_span: float = 0.0
     slots: int = 0
+    echoes: float = 0.0
 
-    def width(self, span: int) -> int:
-        """Suffix tokens that are run after a span of `span` tokens."""
-        return self.repair + round(self.repair_per_span * span)
+    def widths(self, span: int) -> tuple[int, int]:
+        """Suffix tokens that are run after a span of `span` tokens: those behind the seam, and those that repeat it."""
+        return self.repair + round(self.repair_per_span * span), round(self.echoes * span)
 
     def check(self, source: str) -> None:
         """Refuse what no eraser can be.
@@ -69,6 +71,10 @@ class EraserSettings:
             problem = f"repair_per_span is {self.repair_per_span!r}, but it is a number from 0 on"
         elif self.repair_per_span and not self.repair:
             problem = f"repair_per_span is {self.repair_per_span} with a repair of 0: give repair at least 1"
+        elif type(self.echoes) not in (int, float) or not 0 <= self.echoes < inf:
+            problem = f"echoes is {self.echoes!r}, but it is a number from 0 on"
+        elif self.echoes and self.layout != "suffix":
+            problem = f"echoes is {self.echoes} with layout {self.layout}: only suffix has them"
         elif type(self.slots) is not int or self.slots < 0 or (self.slots == 0) == (self.layout == "compact"):
             problem = f"slots is {self.slots!r}: layout compact has 1 or more, the others none"
         elif self.layout == "suffix" and self.repair < 1:

@@ -14,6 +14,7 @@ from kveraser.backbone import Backbone
 from kveraser.cache import KeyValue
 from kveraser.eraser import SLOT_EMBEDDINGS, SPAN_BIAS, Layout
 from kveraser.scratch_cache import splice
+from kveraser.spans import Span
 
 
 def steering_positions(positions: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -28,15 +29,18 @@ def steering_positions(positions: torch.Tensor, layout: Layout) -> torch.Tensor:
     return first - 1 + torch.arange(1, len(positions) + 1, dtype=torch.float64) / (len(positions) + 1)
 
 
-def suffix_mask(prefix: int, span: int, window: int, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the steered suffix tokens see, added to attention logits, `[1, 1, window, prefix + span + window]`.
+def suffix_mask(visible: torch.Tensor, span: Span, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the steered suffix tokens see, added to attention logits, `[batch, 1, tokens, slots]`.
 
-    The prefix and each other as always, the erased span by `bias` (`[1]`, float32) fainter.
+    Args:
+        visible: bool `[tokens, slots]`, or `[batch, tokens, slots]`.
+        span: slots that are seen fainter, by `bias` (`[1]`, float32).
     """
-    seen = torch.cat([bias.new_zeros(prefix), bias.expand(span), bias.new_zeros(window)])
-    later = torch.ones(window, window, dtype=torch.bool, device=bias.device).triu(1)
-    hidden = torch.nn.functional.pad(later, (prefix + span, 0))
-    return seen.expand(window, -1).masked_fill(hidden, torch.finfo(dtype).min)[None, None].to(dtype)
+    slots = visible.shape[-1]
+    faint = torch.cat([bias.new_zeros(span.start), bias.expand(len(span)), bias.new_zeros(slots - span.end)])
+    hidden = ~visible.to(bias.device)
+    mask = faint.expand(hidden.shape).masked_fill(hidden, torch.finfo(dtype).min).to(dtype)
+    return mask.reshape(-1, 1, *visible.shape[-2:])
 
 
 def span_states(
@@ -70,24 +74,36 @@ def compact_states(backbone: Backbone, before: Sequence[KeyValue], positions: to
 
 
 def suffix_states(
-    backbone: Backbone, before: Sequence[KeyValue], span: int, tokens: Sequence[Sequence[int]], position: int
+    backbone: Backbone,
+    before: Sequence[KeyValue],
+    rest: Sequence[KeyValue],
+    span: Span,
+    tokens: Sequence[Sequence[int]],
+    places: torch.Tensor,
+    others: torch.Tensor,
 ) -> list[KeyValue]:
-    """Layout `suffix`: the first suffix tokens, seeing the prefix, each other, and faintly the span.
+    """Layout `suffix`: some of the suffix's tokens, seeing what stands before them, and the span faintly.
 
     Args:
         before: states of prefix and span, one `(keys, values)` a layer, `[batch, kv_heads, prefix + span, head_dim]`.
-        span: tokens of the span.
+        rest: states of the suffix tokens that are not steered, in the closed gap, `[batch, kv_heads, rest, head_dim]`.
+        span: slots of the span, the last of `before`.
         tokens: the suffix tokens to steer, a row a case.
-        position: of the first of them, in the closed gap.
+        places: of them in the suffix, increasing, int64 `[batch, steered]`; `others`: those of `rest`, `[batch, rest]`.
 
     Returns:
         One `(keys, values)` a layer, `[batch, kv_heads, steered, head_dim]`.
     """
-    window = len(tokens[0])
+    batch, steered = places.shape
+    # What stands behind the last steered token of every case is seen by none.
+    seen = int((others < places[:, -1:]).sum(dim=1).max()) if others.numel() else 0
+    earlier = others[:, None, :seen] < places[:, :, None]
+    always = torch.ones(batch, steered, span.end, dtype=torch.bool)
+    among = torch.ones(steered, steered, dtype=torch.bool).tril().expand(batch, -1, -1)
     bias = backbone.require_eraser().extras[SPAN_BIAS]
-    mask = suffix_mask(before[0][0].shape[2] - span, span, window, bias, backbone.model.dtype)
-    positions = position + torch.arange(window, dtype=torch.float64)
-    return _run(backbone, splice(before), positions, tokens=tokens, mask=mask)
+    mask = suffix_mask(torch.cat([always, earlier, among], dim=2), span, bias, backbone.model.dtype)
+    cache = splice(before, [(keys[:, :, :seen], values[:, :, :seen]) for keys, values in rest])
+    return _run(backbone, cache, (span.start + places).double(), tokens=tokens, mask=mask)
 
 
 def _run(
@@ -107,5 +123,5 @@ def _run(
             past_key_values=cache,
             use_cache=True,
         )
-    new = len(positions)
+    new = positions.shape[-1]
     return [(layer.keys[:, :, -new:], layer.values[:, :, -new:]) for layer in cache.layers]  # type: ignore[index, union-attr]

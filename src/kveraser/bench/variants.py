@@ -212,7 +212,7 @@ def _measure(
         unerased_sums.append(own["influence unerased"])
         influenced += int(own["influence tokens"])
         steered = {"suffix": 0, "compact": min(variant.settings.slots, len(case.span))}
-        window = min(variant.settings.width(len(case.span)), len(case.suffix))
+        window = min(sum(variant.settings.widths(len(case.span))), len(case.suffix))
         tokens_run.append(window + steered.get(variant.settings.layout, len(case.span)))
     fidelity, low, high = fidelity_interval(edited_sums, unerased_sums, influenced)
 

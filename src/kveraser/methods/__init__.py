@@ -13,6 +13,7 @@ from kveraser.errors import MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method
 from kveraser.methods.blank import Blank
 from kveraser.methods.erratum import Erratum
+from kveraser.methods.follow import Follow
 from kveraser.methods.kveraser import KVEraser, KVEraserRepair
 from kveraser.methods.mask import Mask
 from kveraser.methods.recompute import Recompute
@@ -24,7 +25,7 @@ from kveraser.methods.zero_value import ZeroValue
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Recompute, Mask, Shift, ZeroValue, Blank, Repair, Selective, Erratum, KVEraser, KVEraserRepair,
+        Recompute, Mask, Shift, ZeroValue, Blank, Repair, Follow, Selective, Erratum, KVEraser, KVEraserRepair,
     )
 }  # fmt: skip
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import ceil
+from math import ceil, inf
 from typing import Any, ClassVar
+
+import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
+from kveraser.errors import MethodError
 from kveraser.spans import Span
 
 NOT_LIVE = -1
@@ -150,3 +153,40 @@ def recompute_window(backbone: Backbone, cache: EditableCache, tokens: Sequence[
         recomputed += stop - start
         start = stop
     return recomputed
+
+
+def recompute_scattered(
+    backbone: Backbone, cache: EditableCache, tokens: Sequence[int], start: int, slots: Sequence[int]
+) -> None:
+    """Run the live tokens in `slots` (increasing, from `start` on) again in one pass, in place.
+
+    Each sees all that lies before it; the others keep their states.
+    """
+    if not slots:
+        return
+    chosen, positions = torch.tensor(slots), cache.positions[list(slots)]
+    # Those that follow the exact slots without a gap become exact.
+    run = next((place for place, slot in enumerate(slots) if slot != start + place), len(slots))
+    exact = cache.exact_length >= start and positions[:run].tolist() == list(range(start, start + run))
+    with cache.overwriting_scattered(start, chosen):
+        backbone.forward(
+            [tokens[slot] for slot in slots],
+            cache,
+            positions,
+            attention_mask=backbone.attention_mask(torch.arange(cache.length)[None, :] <= chosen[:, None]),
+        )
+    if exact:
+        cache.mark_exact(start + run)
+
+
+def check_widths(name: str, window: int | None, per_span: float | None, echoes: float | None = None) -> None:
+    """Refuse counts of suffix tokens that no method can run; None is open.
+
+    Raises:
+        MethodError: naming the parameter and its value.
+    """
+    if window is not None and (type(window) is not int or window < 1):
+        raise MethodError(f"{name}: window is {window!r}, but it is a count of tokens from 1 on; or use shift")
+    for key, share in (("per_span", per_span), ("echoes", echoes)):
+        if share is not None and (type(share) not in (int, float) or not 0 <= share < inf):
+            raise MethodError(f"{name}: {key} is {share!r}, but it is tokens per token of the span, from 0 on")

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil
 
 import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
+from kveraser.echoes import most_contaminated
 from kveraser.eraser import LAYOUTS, SLOT_EMBEDDINGS, SPAN_BIAS, Layout
 from kveraser.errors import MethodError
-from kveraser.methods.base import NOT_LIVE, Erased, Method, close_gap, recompute_window, result, silenced, without
+from kveraser.methods.base import (
+    NOT_LIVE,
+    Erased,
+    Method,
+    check_widths,
+    close_gap,
+    recompute_window,
+    result,
+    silenced,
+    without,
+)
 from kveraser.spans import Span
 from kveraser.steering import compact_states, steering_positions, suffix_mask
 
@@ -30,33 +41,36 @@ class KVEraser(Method):
     - `closed`: the same at fractional positions; the suffix keys are re-rotated against the prefix, so that the text
       reads on without a hole.
     - `compact`: a fixed number of learned tokens sees prefix and span, and takes the span's place.
-    - `suffix`: the span's slots are given back; the first suffix tokens are run again with the eraser on, seeing the
-      span faintly, and become the steering states. With nothing learnt and nothing seen this is `repair`.
+    - `suffix`: the span's slots are given back; the suffix tokens that `follow` would compute afresh are run again with
+      the eraser on, seeing the span faintly, and become the steering states. With nothing learnt and nothing seen this
+      is `follow`.
 
     Attributes:
         layout: `keep` or `closed` instead of the other; None: as the eraser was trained.
-        window, per_span: of `suffix`: tokens to steer, and more for every token of the span; None: as it was trained.
+        window, per_span, echoes: of `suffix`: tokens to steer behind the seam, more for every token of the span, and
+            tokens that repeat it for every token of the span; None: as it was trained.
     """
 
     layout: Layout | None = None
     window: int | None = None
     per_span: float | None = None
+    echoes: float | None = None
 
     name = "kveraser"
     summary = "learned steering states in place of the span"
-    cost = "span tokens; layout suffix: window + per_span x span"
+    cost = "span tokens; layout suffix: window + (per_span + echoes) x span"
     source = "arXiv:2606.17034"
     needs_eraser = True
 
     def __post_init__(self) -> None:
         if self.layout is not None and self.layout not in LAYOUTS:
             raise MethodError(f"{self.name}: layout is {self.layout!r}, but it is one of {', '.join(LAYOUTS)}")
-        _check_window(self.name, self.window, self.per_span)
+        check_widths(self.name, self.window, self.per_span, self.echoes)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         settled = self.settled(backbone)
         if settled.layout == "suffix":
-            return _steer_suffix(backbone, cache, tokens, span, settled.width(len(span)))
+            return _steer_suffix(backbone, cache, tokens, span, *settled.widths(len(span)))
         if settled.layout == "compact":
             return _steer_compact(backbone, cache, span)
         first = ceil(float(cache.positions[span.start]))
@@ -82,47 +96,46 @@ class KVEraser(Method):
             # The same: only rotary models can run at these positions.
             _ = backbone.rotation
         if layout != "suffix":
-            if self.window is not None or self.per_span is not None:
+            if (self.window, self.per_span, self.echoes) != (None, None, None):
                 raise MethodError(
-                    f"{self.name}: window and per_span are of layout suffix, and the loaded eraser's is {layout}: "
-                    "leave them out, or use kveraser+repair"
+                    f"{self.name}: window, per_span and echoes are of layout suffix, and the loaded eraser's is "
+                    f"{layout}: leave them out, or use kveraser+repair"
                 )
             return replace(self, layout=layout)
-        window = trained.repair if self.window is None else self.window
         # A window of the user's own is what it says.
-        share = trained.repair_per_span if self.window is None else 0.0
-        return replace(self, layout=layout, window=window, per_span=share if self.per_span is None else self.per_span)
+        per_span, echoes = (trained.repair_per_span, trained.echoes) if self.window is None else (0.0, 0.0)
+        return replace(
+            self,
+            layout=layout,
+            window=trained.repair if self.window is None else self.window,
+            per_span=per_span if self.per_span is None else self.per_span,
+            echoes=echoes if self.echoes is None else self.echoes,
+        )
 
-    def width(self, span: int) -> int:
-        """Suffix tokens that layout `suffix` steers after a span of `span` tokens; settled only."""
-        return (self.window or 0) + round((self.per_span or 0.0) * span)
+    def widths(self, span: int) -> tuple[int, int]:
+        """Tokens that `suffix` steers after a span of `span` tokens: behind the seam, and echoes. Settled only."""
+        return (self.window or 0) + round((self.per_span or 0.0) * span), round((self.echoes or 0.0) * span)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
-        if self.layout == "suffix":
-            return min(self.width(span), suffix)
-        return span
+        return min(sum(self.widths(span)), suffix) if self.layout == "suffix" else span
 
 
-def _steer_suffix(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, window: int) -> Erased:
-    """Run the first live suffix tokens with the eraser on, then give the span's slots back."""
+def _steer_suffix(
+    backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, window: int, echoes: int
+) -> Erased:
+    """Close the gap, run the most contaminated suffix tokens with the eraser on, then give the span's slots back."""
     bias = backbone.require_eraser().extras[SPAN_BIAS]
-    behind, end = ceil(float(cache.positions[span.start])), min(span.end + window, cache.length)
-    # Steering states of an earlier erase hold no token that could be run again: the window ends before them.
-    end = next((slot for slot in range(span.end, end) if tokens[slot] == NOT_LIVE), end)
-    count = end - span.end
-    if count:
-        # Where `shift` would move them, holes that an earlier `mask` left among them included.
-        moved = behind - float(cache.positions[span.end])
-        positions = cache.positions[span.end : end] + moved
-        following = cache.positions[end] if end < cache.length else cache.next_position
-        behind = ceil(float(following) + moved)
-        mask = suffix_mask(span.start, len(span), count, bias.detach(), backbone.model.dtype)
-        with backbone.erasing(), cache.overwriting(span.end, positions):
-            backbone.forward(tokens[span.end : end], cache, positions, mask)
+    chosen = most_contaminated(tokens, span, window, echoes, NOT_LIVE)
+    close_gap(backbone, cache, span.end, ceil(float(cache.positions[span.start])))
+    if chosen:
+        slots = torch.tensor(chosen)
+        visible = torch.arange(cache.length)[None, :] <= slots[:, None]
+        mask = suffix_mask(visible, span, bias.detach(), backbone.model.dtype)
+        with backbone.erasing(), cache.overwriting_scattered(span.end, slots):
+            backbone.forward([tokens[slot] for slot in chosen], cache, cache.positions[slots], mask)
     kept = without(cache.length, span)
     cache.drop(span.start, span.end)
-    close_gap(backbone, cache, span.start + count, behind)
-    return result(cache, kept, recomputed=count)
+    return result(cache, kept, recomputed=len(chosen))
 
 
 def _steer_compact(backbone: Backbone, cache: EditableCache, span: Span) -> Erased:
@@ -165,7 +178,7 @@ class KVEraserRepair(Method):
 
     def __post_init__(self) -> None:
         KVEraser(self.layout)
-        _check_window(self.name, self.window, self.per_span)
+        check_widths(self.name, self.window, self.per_span)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         settled = self.settled(backbone)
@@ -192,10 +205,3 @@ class KVEraserRepair(Method):
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return span + min(self.width(span), suffix)
-
-
-def _check_window(name: str, window: int | None, per_span: float | None) -> None:
-    if window is not None and (type(window) is not int or window < 1):
-        raise MethodError(f"{name}: window is {window!r}, but it is a count of tokens from 1 on")
-    if per_span is not None and (type(per_span) not in (int, float) or not 0 <= per_span < inf):
-        raise MethodError(f"{name}: per_span is {per_span!r}, but it is a number of tokens, from 0 on")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.errors import MethodError
-from kveraser.methods.base import Erased, Method, recompute_window, result
+from kveraser.methods.base import Erased, Method, check_widths, recompute_window, result
 from kveraser.methods.shift import Shift
 from kveraser.spans import Span
 
@@ -31,12 +29,7 @@ class Repair(Method):
     moves_keys = True
 
     def __post_init__(self) -> None:
-        if type(self.window) is not int or self.window < 1:
-            raise MethodError(f"repair: window is {self.window!r}, but it is a count of tokens from 1 on; or use shift")
-        if type(self.per_span) not in (int, float) or not 0 <= self.per_span < inf:
-            raise MethodError(
-                f"repair: per_span is {self.per_span!r}, but it is tokens per token of the span, from 0 on"
-            )
+        check_widths(self.name, self.window, self.per_span)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         shifted = Shift()(backbone, cache, tokens, span)

@@ -153,7 +153,7 @@ def case_shape(case: TokenizedCase) -> CaseShape:
 def passes(case: CaseShape, settings: EraserSettings) -> tuple[float, float, float, float]:
     """Tokens that run with the adapter on and the slots they see; tokens repaired after them; slots edited."""
     p, m, s = case.prefix, case.span, case.suffix
-    window = min(settings.width(round(m)), s)
+    window = min(sum(settings.widths(round(m))), s)
     if settings.layout == "suffix":
         return window, p + m, 0, p + s
     if settings.layout == "compact":

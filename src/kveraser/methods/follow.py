@@ -1,0 +1,50 @@
+"""`follow`: shift, then recompute the first suffix tokens and those that repeat the span's words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.echoes import most_contaminated
+from kveraser.methods.base import Erased, Method, check_widths, recompute_scattered, result
+from kveraser.methods.shift import Shift
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class Follow(Method):
+    """`repair` that goes where the span's words went: a restatement far behind the seam is computed afresh as well.
+
+    The first `window + per_span x span` suffix tokens, and `echoes x span` of those that repeat it. With no echoes this
+    is `repair`; with the defaults it costs the span plus 32 tokens.
+    """
+
+    window: int = 32
+    per_span: float = 0.25
+    echoes: float = 0.75
+
+    name = "follow"
+    summary = "shift, then recompute the first suffix tokens and those that repeat the span's words"
+    cost = "window + (per_span + echoes) x span tokens; suffix keys are moved"
+    source = "this project"
+    moves_keys = True
+
+    def __post_init__(self) -> None:
+        check_widths(self.name, self.window, self.per_span, self.echoes)
+
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+        window, echoes = self.widths(len(span))
+        chosen = [slot - len(span) for slot in most_contaminated(tokens, span, window, echoes)]
+        shifted = Shift()(backbone, cache, tokens, span)
+        remaining = [tokens[slot] for slot in shifted.slots]
+        recompute_scattered(backbone, cache, remaining, span.start, chosen)
+        return result(cache, shifted.slots, recomputed=len(chosen))
+
+    def widths(self, span: int) -> tuple[int, int]:
+        """Tokens behind the seam, and tokens that repeat the span, for a span of `span` tokens."""
+        return self.window + round(self.per_span * span), round(self.echoes * span)
+
+    def estimate(self, prefix: int, span: int, suffix: int) -> int:
+        return min(sum(self.widths(span)), suffix)
