@@ -48,6 +48,7 @@ VARIANTS = [
     EraserSettings("compact", 6, slots=M + 1),
     EraserSettings("suffix", 6),
     EraserSettings("suffix", 2, 0.5),
+    EraserSettings("suffix", 2, 0.25, echoes=0.5),
     EraserSettings("suffix", S + 1),
 ]
 

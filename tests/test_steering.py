@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache as once
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 
 from kveraser.backbone import Backbone
 from kveraser.eraser import SLOT_EMBEDDINGS, SPAN_BIAS, EraserSettings
@@ -155,7 +157,7 @@ def test_the_window_follows_the_span_unless_it_is_given() -> None:
     assert same_bits(snapshot(erased.cache), snapshot(whole.cache))
 
 
-def test_the_window_ends_before_steering_states_of_an_earlier_erase() -> None:
+def test_steering_states_of_an_earlier_erase_stay_among_the_steered_tokens() -> None:
     compact, backbone, later = trained(COMPACT), trained(SUFFIX), Span(30, 36)
     caches = []
     for recipe in ("kveraser(window=12)", "shift"):
@@ -164,17 +166,18 @@ def test_the_window_ends_before_steering_states_of_an_earlier_erase() -> None:
         erased, _ = erase(backbone, recipe, MIDDLE, tokens, steered.cache)
         caches.append(erased)
     erased, shifted = caches
-    run = later.start - MIDDLE.end
-    assert erased.recomputed == run and erased.slots == shifted.slots and tokens.count(NOT_LIVE) == SLOTS
+    assert erased.recomputed == 12 and erased.slots == shifted.slots and tokens.count(NOT_LIVE) == SLOTS
     assert torch.equal(erased.cache.positions, shifted.cache.positions) and not erased.exact
     assert erased.next_position == shifted.next_position == LENGTH - len(MIDDLE) - len(later)
-    seam = MIDDLE.start + run
-    assert equal_bits(states(erased.cache, seam), states(shifted.cache, seam))
-    assert distance(values(erased.cache, 14, seam), values(shifted.cache, 14, seam)) > CHANGE
-    # Next to such slots there is nothing to steer.
+    # All of the suffix's slots moved up; the states of no token stand among the twelve that were run.
+    first = later.start - len(MIDDLE)
+    steered_slots = [*range(MIDDLE.start, first), *range(first + SLOTS, MIDDLE.start + SLOTS + 12)]
+    assert changed_slots(values(erased.cache)[2], values(shifted.cache)[2]) == steered_slots
+    assert equal_bits(states(erased.cache, first, first + SLOTS), states(shifted.cache, first, first + SLOTS))
+    # Next to such slots the tokens behind them are steered.
     steered, _ = erase(compact, "kveraser", Span(MIDDLE.end, 30))
     beside, _ = erase(backbone, "kveraser", MIDDLE, live(TOKENS, steered), steered.cache)
-    assert beside.recomputed == 0 and beside.next_position == LENGTH - 16
+    assert beside.recomputed == WINDOW and beside.next_position == LENGTH - 16
     assert beside.cache.positions[MIDDLE.start + SLOTS :].tolist() == list(range(MIDDLE.start, LENGTH - 16))
 
 
@@ -288,16 +291,26 @@ def test_eager_attention_and_half_precision_steer_alike(settings: EraserSettings
 
 
 @pytest.mark.parametrize("bias", [-2.0, 0.0])
-def test_suffix_out_of_place_equals_in_place(bias: float) -> None:
+@pytest.mark.parametrize("chosen", [range(WINDOW), (0, 1, 4, 9)], ids=["window", "scattered"])
+def test_suffix_out_of_place_equals_in_place(bias: float, chosen: Sequence[int], monkeypatch: MonkeyPatch) -> None:
     backbone = trained(SUFFIX, bias=bias)
     for span in (SPANS["start"], MIDDLE):
-        tokens = TOKENS[span.end : span.end + WINDOW]
+        slots, length = [span.end + place for place in chosen], LENGTH - span.end
+        monkeypatch.setattr("kveraser.methods.kveraser.most_contaminated", lambda *_, slots=slots: slots)
+        others = torch.tensor([[place for place in range(length) if place not in chosen]])
         with torch.no_grad():
-            before = backbone.prefill(TOKENS).read(0, span.end)
-            steering = suffix_states(backbone, before, len(span), [tokens], span.start)
+            cache = backbone.prefill(TOKENS)
+            keys = backbone.rotation.rotate([keys for keys, _ in cache.read(span.end, LENGTH)], -len(span))
+            rest = [
+                (key[:, :, others[0]], value[:, :, others[0]])
+                for key, (_, value) in zip(keys, cache.read(span.end, LENGTH), strict=True)
+            ]
+            tokens, places = [[TOKENS[slot] for slot in slots]], torch.tensor([list(chosen)])
+            steering = suffix_states(backbone, cache.read(0, span.end), rest, span, tokens, places, others)
         flat = [keys for keys, _ in steering] + [value for _, value in steering]
         erased, _ = erase(backbone, "kveraser", span)
-        assert distance(flat, states(erased.cache, span.start, span.start + WINDOW)) < SAME
+        steered = [state[:, :, [span.start + place for place in chosen]] for state in states(erased.cache)]
+        assert distance(flat, steered) < SAME
 
 
 FLASH = "flash_attention_2"
@@ -308,7 +321,7 @@ REFUSALS: list[tuple[EraserSettings, str, str, type[KVEraserError], str]] = [
     (SUFFIX, "llama", "kveraser('compact')", MethodError, "can't be used for compact"),
     (COMPACT, "llama", "kveraser('closed')", MethodError, "can't be used for closed"),
     (COMPACT, "llama", "kveraser+repair(3, 'suffix')", MethodError, "can't be used for suffix"),
-    (COMPACT, "llama", "kveraser(window=3)", MethodError, "window and per_span are of layout suffix"),
+    (COMPACT, "llama", "kveraser(window=3)", MethodError, "window, per_span and echoes are of layout suffix"),
     (EraserSettings(), "llama", "kveraser('suffix')", MethodError, "trained for layout keep"),
     (EraserSettings("closed", 3), "llama", "kveraser('compact')", MethodError, "trained for layout closed"),
     (EraserSettings(), "llama", "kveraser(per_span=1)", MethodError, "the loaded eraser's is keep"),
