@@ -33,7 +33,8 @@ def test_every_method_says_what_it_does_what_it_costs_and_where_it_is_from(name:
         ("repair(8, per_span=1)", {}, {"window": 8, "per_span": 1}),
         ("selective(0.5)", {}, {"ratio": 0.5}),
         ("kveraser+repair(8, layout='closed')", {}, {"window": 8, "layout": "closed", "per_span": None}),
-        ("kveraser(window=5)", {"per_span": 1}, {"layout": None, "window": 5, "per_span": 1}),
+        ("kveraser(window=5)", {"per_span": 1}, {"layout": None, "window": 5, "per_span": 1, "echoes": None}),
+        ("follow", {}, {"window": 32, "per_span": 0.25, "echoes": 0.75}),
         ("blank('a, (b)')", {}, {"filler": "a, (b)"}),
     ],
 )
@@ -72,6 +73,9 @@ def test_methods_are_read_from_text(text: str, named: dict[str, Any], parameters
         ("kveraser(window=0)", {}, "window is 0"),
         ("kveraser(window=True)", {}, "window is True"),
         ("kveraser(per_span=-1)", {}, "per_span is -1"),
+        ("kveraser(echoes=-1)", {}, "echoes is -1"),
+        ("follow(0)", {}, "window is 0"),
+        ("follow(8, echoes='a')", {}, "echoes is 'a'"),
         ("kveraser(per_span=True)", {}, "per_span is True"),
         ("kveraser+repair(3, per_span=1e999)", {}, "per_span is inf"),
         ("blank('')", {}, "filler"),
@@ -96,4 +100,6 @@ def test_the_default_method_follows_the_eraser() -> None:
     trained = attach_random_eraser(backbone, settings=EraserSettings("closed", 8))
     assert str(default_method(trained).settled(backbone)) == "kveraser+repair(window=8, layout='closed', per_span=0.0)"
     suffix = attach_random_eraser(backbone, settings=EraserSettings("suffix", 8))
-    assert str(default_method(suffix).settled(backbone)) == "kveraser(layout='suffix', window=8, per_span=0.0)"
+    assert (
+        str(default_method(suffix).settled(backbone)) == "kveraser(layout='suffix', window=8, per_span=0.0, echoes=0.0)"
+    )

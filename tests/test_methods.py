@@ -37,16 +37,20 @@ TOLERANCE = 1e-4
 CHANGE = 1e-2
 
 RECIPES = (
-    "recompute", "mask", "shift", "zero_value", "blank", "repair(4)", "selective(0.3)", "erratum",
+    "recompute", "mask", "shift", "zero_value", "blank", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)",
+    "erratum",
     "kveraser(layout='keep')", "kveraser(layout='closed')",
     "kveraser(layout='compact')", "kveraser(layout='suffix')",
     "kveraser+repair(4, 'keep')", "kveraser+repair(4, 'closed')", "kveraser+repair(4, 'compact')",
 )  # fmt: skip
 MOVING = (
-    "shift", "repair(4)", "selective(0.3)", "kveraser(layout='closed')", "kveraser(layout='compact')",
+    "shift", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)", "kveraser(layout='closed')",
+    "kveraser(layout='compact')",
     "kveraser(layout='suffix')", "kveraser+repair(4, 'closed')", "kveraser+repair(4, 'compact')",
 )  # fmt: skip
-DROPPING = ("recompute", "mask", "shift", "repair(4)", "selective(0.3)", "kveraser(layout='suffix')")
+DROPPING = (
+    "recompute", "mask", "shift", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)", "kveraser(layout='suffix')",
+)  # fmt: skip
 TRAINED_FOR = {"compact": EraserSettings("compact", slots=4), "suffix": EraserSettings("suffix", 6)}
 """Layouts that only an eraser trained for them can serve."""
 

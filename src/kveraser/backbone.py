@@ -266,7 +266,7 @@ class Backbone:
         return logits.float()
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:
-        """`positions` (`[tokens]` or `[batch, tokens]`) as the model takes them, with a batch: int64 if whole, else float32."""
+        """`positions` (`[tokens]` or `[batch, tokens]`) as the model takes them, batched: int64 or float32."""
         whole = bool((positions == positions.round()).all())
         rows = positions if positions.dim() == 2 else positions.unsqueeze(0)
         return rows.to(device=self.device, dtype=torch.long if whole else torch.float32)

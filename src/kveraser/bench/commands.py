@@ -11,7 +11,7 @@ import typer
 from kveraser.console import bar, emit, print_rows, say
 from kveraser.options import DEFAULT_MODEL, NO_ERASER, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
-METHODS_COMPARED = "mask;shift;zero_value;blank;erratum;repair(32);repair(32, per_span=0.5);kveraser"
+METHODS_COMPARED = "mask;shift;zero_value;blank;erratum;repair(32);repair(32, per_span=1.0);follow;kveraser"
 SHOWN = [
     "task", "length", "span", "method", "cases", "em", "em_exact", "kl", "fidelity", "leak", "no_harm", "seconds",
 ]  # fmt: skip

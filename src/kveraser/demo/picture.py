@@ -18,12 +18,13 @@ COLOURS = {
     "zero_value": "#CC79A7",
     "blank": "#999999",
     "repair": "#0072B2",
+    "follow": "#332288",
     "selective": "#009E73",
     "erratum": "#8C5A2B",
     "kveraser": "#D55E00",
     "kveraser+repair": "#B22222",
 }
-MARKERS = "osD^vP*Xhd"
+MARKERS = "osD^vpP*Xhd"
 LOWEST_KL = 1e-4
 """Where exact methods are drawn on the logarithmic axis, whose KL is zero but for rounding."""
 
