@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kveraser.echoes import most_contaminated
+from kveraser.eraser import SPAN_BIAS, EraserSettings
 from kveraser.methods import NOT_LIVE, make_method
 from kveraser.spans import Span
 from tests.test_methods import CHANGE, LENGTH, MIDDLE, TOKENS, TOLERANCE, changed_slots, erase, states, values
@@ -60,27 +61,25 @@ def test_without_echoes_it_is_repair() -> None:
 def test_an_echo_is_computed_as_if_all_before_it_were_what_the_cache_says(echo: int) -> None:
     backbone, tokens = tiny_backbone(), list(TOKENS)
     tokens[echo : echo + 2] = tokens[MIDDLE.start : MIDDLE.start + 2]
-    followed, journal = erase(backbone, "follow(3, echoes=0.25, per_span=0)", tokens=tokens)
+    followed, journal = erase(backbone, "follow(3, echoes=0.45, per_span=0)", tokens=tokens)
     shifted, _ = erase(backbone, "shift", tokens=tokens)
     seam, moved = MIDDLE.start, echo - len(MIDDLE)
-    assert followed.recomputed == 5 and followed.slots == shifted.slots and not followed.exact
+    assert followed.recomputed == 7 and followed.slots == shifted.slots and not followed.exact
     assert followed.cache.exact_length == seam + 3
     changed = changed_slots(values(followed.cache)[2], values(shifted.cache)[2])
-    assert changed == [seam, seam + 1, seam + 2, moved, moved + 1]
-    # The same by hand: the cache up to the echo, and the echo's two tokens behind it.
+    assert changed == [*range(seam, seam + 3), *range(moved, moved + 4)]
+    # The same by hand: the cache up to the echo, and the echo behind it.
     prefix = followed.cache.fork()
     prefix.truncate(moved)
-    backbone.forward(tokens[echo : echo + 2], prefix)
-    assert distance(states(prefix, moved), states(followed.cache, moved, moved + 2)) < TOLERANCE
-    assert distance(states(shifted.cache, moved, moved + 2), states(followed.cache, moved, moved + 2)) > CHANGE
+    backbone.forward(tokens[echo : echo + 4], prefix)
+    assert distance(states(prefix, moved), states(followed.cache, moved, moved + 4)) < TOLERANCE
+    assert distance(states(shifted.cache, moved, moved + 4), states(followed.cache, moved, moved + 4)) > CHANGE
     cache = followed.cache
     cache.revert(journal)
     assert same_bits(snapshot(cache), snapshot(backbone.prefill(tokens)))
 
 
 def test_untrained_steering_of_an_unseen_span_is_follow() -> None:
-    from kveraser.eraser import SPAN_BIAS, EraserSettings
-
     backbone = tiny_backbone()
     eraser = attach_random_eraser(backbone, settings=EraserSettings("suffix", 3, 0.25, echoes=0.5), scale=0.0)
     with torch.no_grad():
