@@ -63,7 +63,7 @@ def test_an_echo_is_computed_as_if_all_before_it_were_what_the_cache_says(echo: 
     tokens[echo : echo + 2] = tokens[MIDDLE.start : MIDDLE.start + 2]
     followed, journal = erase(backbone, "follow(3, echoes=0.45, per_span=0)", tokens=tokens)
     shifted, _ = erase(backbone, "shift", tokens=tokens)
-    seam, moved = MIDDLE.start, echo - len(MIDDLE)
+    seam, moved = MIDDLE.start, echo + 1 - len(MIDDLE)
     assert followed.recomputed == 7 and followed.slots == shifted.slots and not followed.exact
     assert followed.cache.exact_length == seam + 3
     changed = changed_slots(values(followed.cache)[2], values(shifted.cache)[2])
@@ -71,7 +71,7 @@ def test_an_echo_is_computed_as_if_all_before_it_were_what_the_cache_says(echo: 
     # The same by hand: the cache up to the echo, and the echo behind it.
     prefix = followed.cache.fork()
     prefix.truncate(moved)
-    backbone.forward(tokens[echo : echo + 4], prefix)
+    backbone.forward(tokens[echo + 1 : echo + 5], prefix)
     assert distance(states(prefix, moved), states(followed.cache, moved, moved + 4)) < TOLERANCE
     assert distance(states(shifted.cache, moved, moved + 4), states(followed.cache, moved, moved + 4)) > CHANGE
     cache = followed.cache
