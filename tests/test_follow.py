@@ -71,7 +71,7 @@ def test_an_echo_is_computed_as_if_all_before_it_were_what_the_cache_says(echo: 
     # The same by hand: the cache up to the echo, and the echo behind it.
     prefix = followed.cache.fork()
     prefix.truncate(moved)
-    backbone.forward(tokens[echo + 1 : echo + 5], prefix)
+    backbone.forward(tokens[echo + 1 : echo + 5], prefix, torch.arange(moved, moved + 4, dtype=torch.float64))
     assert distance(states(prefix, moved), states(followed.cache, moved, moved + 4)) < TOLERANCE
     assert distance(states(shifted.cache, moved, moved + 4), states(followed.cache, moved, moved + 4)) > CHANGE
     cache = followed.cache
