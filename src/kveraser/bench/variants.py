@@ -52,22 +52,24 @@ class Variant:
     trained_on: str = BOTH
 
 
-def _suffix(repair: int, per_span: float = 0.0) -> EraserSettings:
-    return EraserSettings("suffix", repair, per_span)
+def _suffix(repair: int, per_span: float = 0.0, echoes: float = 0.0) -> EraserSettings:
+    return EraserSettings("suffix", repair, per_span, echoes=echoes)
 
 
 VARIANTS: tuple[Variant, ...] = (
     *(Variant(f"repair({width})", _suffix(width), trained_on="nothing") for width in (8, 32)),
-    Variant("repair(32, per_span=0.5)", _suffix(32, 0.5), trained_on="nothing"),
+    Variant("repair(32, per_span=1.0)", _suffix(32, 1.0), trained_on="nothing"),
+    Variant("follow(8, 0, 0.5)", _suffix(8, 0.0, 0.5), trained_on="nothing"),
+    Variant("follow(32, 0.25, 0.75)", _suffix(32, 0.25, 0.75), trained_on="nothing"),
     *(Variant(f"keep, repair {width}", EraserSettings("keep", width)) for width in (0, 8, 32)),
     *(Variant(f"closed, repair {width}", EraserSettings("closed", width)) for width in (0, 8, 32)),
     *(Variant(f"compact of 16, repair {width}", EraserSettings("compact", width, slots=16)) for width in (8, 32)),
-    *(Variant(f"suffix {width}", _suffix(width)) for width in (8, 32)),
-    Variant("suffix 32 + span / 2", _suffix(32, 0.5)),
-    *(Variant(f"suffix 8, rank {rank}", _suffix(8), rank=rank) for rank in (4, 64)),
+    Variant("suffix 8", _suffix(8)),
+    Variant("suffix 32 + span / 4, echoes 3 span / 4", _suffix(32, 0.25, 0.75)),
     *(Variant(f"suffix 8, {stage} only", _suffix(8), trained_on=stage) for stage in ("stage 1", "stage 2")),
     Variant("suffix 8, ce", _suffix(8), "ce"),
     Variant("suffix 8, both objectives", _suffix(8), "both"),
+    *(Variant(f"suffix 8, rank {rank}", _suffix(8), rank=rank) for rank in (4, 64)),
     Variant("keep, repair 0, ce", EraserSettings("keep"), "ce"),
 )
 
@@ -91,6 +93,7 @@ class VariantRow:
     layout: str
     repair: int
     repair_per_span: float
+    echoes: float
     slots: int
     objective: str
     rank: int
@@ -226,6 +229,7 @@ def _measure(
         layout=variant.settings.layout,
         repair=variant.settings.repair,
         repair_per_span=variant.settings.repair_per_span,
+        echoes=variant.settings.echoes,
         slots=variant.settings.slots,
         objective=variant.objective,
         rank=variant.rank,
