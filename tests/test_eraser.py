@@ -27,7 +27,7 @@ TOKENS = random_tokens(40)
 SPAN = Span(12, 20)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS, EXTRAS = "kveraser.json", "kveraser.safetensors"
-COMPACT, SUFFIX = EraserSettings("compact", slots=3), EraserSettings("suffix", 5, 0.25)
+COMPACT, SUFFIX = EraserSettings("compact", slots=3), EraserSettings("suffix", 5, 0.25, echoes=0.5)
 
 
 def peft_model(family: str = "qwen3", config: Any = None, **overrides: Any) -> Any:
@@ -135,6 +135,9 @@ def test_what_a_layout_learns_beside_the_lora_survives_saving_and_loading(
     ]
     assert 0 < max(errors) < 1e-2
     assert distance(steering(again), expected) > 0
+    # An eraser of a layout without extras leaves none of an earlier one behind.
+    attach_random_eraser(tiny_backbone()).save_pretrained(tmp_path / "half")
+    assert again.load_eraser(tmp_path / "half").extras == {}
 
 
 def test_extras_start_as_tokens_the_model_can_read_and_as_a_faint_span() -> None:
@@ -159,6 +162,8 @@ def test_extras_start_as_tokens_the_model_can_read_and_as_a_faint_span() -> None
         (EraserSettings("suffix"), "repair is 0, but layout suffix needs suffix tokens"),
         (EraserSettings("closed", 0, 0.5), "repair_per_span is 0.5 with a repair of 0"),
         (EraserSettings("suffix", 1, float("nan")), "repair_per_span is nan"),
+        (EraserSettings("suffix", 1, echoes=float("inf")), "echoes is inf"),
+        (EraserSettings("closed", 1, echoes=0.5), "echoes is 0.5 with layout closed"),
     ],
 )
 def test_settings_that_no_eraser_can_have_are_refused_and_touch_nothing(settings: EraserSettings, message: str) -> None:
@@ -287,6 +292,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a window that is no number": (text(SETTINGS, '{"repair": true}'), "repair is True, but it is a count"),
     "a share that is no number": (text(SETTINGS, '{"repair": 1, "repair_per_span": true}'), "repair_per_span is True"),
     "a negative share": (text(SETTINGS, '{"repair": 1, "repair_per_span": -1}'), "repair_per_span is -1"),
+    "a negative share of echoes": (text(SETTINGS, '{"repair": 1, "layout": "suffix", "echoes": -1}'), "echoes is -1"),
     "an infinite share": (text(SETTINGS, '{"repair": 1, "repair_per_span": Infinity}'), "repair_per_span is inf"),
     "slots of another layout": (text(SETTINGS, '{"slots": 3}'), "slots is 3: layout compact has 1 or more"),
     "compact without slots": (text(SETTINGS, '{"layout": "compact"}'), "slots is 0: layout compact"),

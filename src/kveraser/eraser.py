@@ -205,6 +205,9 @@ class Eraser:
                 ready = {key: value.detach().to("cpu", dtype).contiguous() for key, value in content.items()}
                 save_file(ready, temporary, metadata={"format": "pt"})
                 temporary.replace(target / name)
+            else:
+                # An earlier eraser of another layout may have left its own.
+                (target / name).unlink(missing_ok=True)
         self.model.peft_config[ADAPTER_NAME].save_pretrained(str(target))
         settings = target / f"{SETTINGS_FILE}.part"
         settings.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
