@@ -143,7 +143,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 """By name: the result file, and what renders it."""
 
-DOCUMENTS = ("README.md", "docs/eraser.md")
+DOCUMENTS = ("README.md", "docs/eraser.md", "src/kveraser/erasers/smollm2-135m-instruct/README.md")
 """Where tables stand, from the repository's root."""
 
 
