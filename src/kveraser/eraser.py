@@ -26,7 +26,7 @@ EXTRAS_FILE = "kveraser.safetensors"
 SLOT_EMBEDDINGS, SPAN_BIAS = "slot_embeddings", "span_bias"
 
 FAINT = -5.0
-"""The span bias that training starts from: the span weighs e^-5 of what it would."""
+"""The span bias that training starts from: the whole span weighs e^-5 of what one of its tokens would."""
 CARD_FILE = "README.md"
 NOT_PLAIN = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication")
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -6,6 +6,7 @@ Training learns through them, a layout a function. The methods run the same pass
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -34,10 +35,13 @@ def suffix_mask(visible: torch.Tensor, span: Span, bias: torch.Tensor, dtype: to
 
     Args:
         visible: bool `[tokens, slots]`, or `[batch, tokens, slots]`.
-        span: slots that are seen fainter, by `bias` (`[1]`, float32).
+        span: slots that are seen fainter: all of them together weigh `e^bias` (`bias`: `[1]`, float32) of their mean, so that
+            a long span is no more in sight than a short one.
     """
     slots = visible.shape[-1]
-    faint = torch.cat([bias.new_zeros(span.start), bias.expand(len(span)), bias.new_zeros(slots - span.end)])
+    faint = torch.cat(
+        [bias.new_zeros(span.start), (bias - log(len(span))).expand(len(span)), bias.new_zeros(slots - span.end)]
+    )
     hidden = ~visible.to(bias.device)
     mask = faint.expand(hidden.shape).masked_fill(hidden, torch.finfo(dtype).min).to(dtype)
     return mask.reshape(-1, 1, *visible.shape[-2:])
