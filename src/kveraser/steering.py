@@ -35,8 +35,8 @@ def suffix_mask(visible: torch.Tensor, span: Span, bias: torch.Tensor, dtype: to
 
     Args:
         visible: bool `[tokens, slots]`, or `[batch, tokens, slots]`.
-        span: slots that are seen fainter: together they weigh `e^bias` (`[1]`, float32) of one token, so that a long span is
-            no more in sight than a short one.
+        span: slots that are seen fainter: together they weigh `e^bias` (`[1]`, float32) of one token, so that a long
+            span is no more in sight than a short one.
     """
     slots = visible.shape[-1]
     faint = torch.cat(
