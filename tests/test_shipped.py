@@ -48,11 +48,16 @@ def test_other_backbones_have_none() -> None:
 @pytest.mark.backbone
 def test_the_bundled_backbone_erases_with_it_unless_told_otherwise(backbone: Backbone) -> None:
     assert backbone.eraser is not None and backbone.eraser.name == SHIPPED_ERASER
-    # It was trained, not only made: B is 0 before training.
-    assert any(bool(matrix.any()) for name, matrix in backbone.eraser.parameters().items() if "lora_B" in name)
     session = Session(backbone, text=BEFORE + SPAN + AFTER)
     assert session.erase(SPAN).method == "kveraser"
     assert Backbone.load(MODEL_NAME, eraser=None).eraser is None
+
+
+@pytest.mark.backbone
+@pytest.mark.xfail(strict=True, reason="no checkpoint of its training beat the start, so the start ships")
+def test_it_was_trained_not_only_made(backbone: Backbone) -> None:
+    matrices = backbone.require_eraser().parameters()
+    assert any(bool(matrix.any()) for name, matrix in matrices.items() if "lora_B" in name)
 
 
 @pytest.mark.backbone
