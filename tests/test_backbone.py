@@ -160,7 +160,7 @@ def test_a_gpu_is_used_where_there_is_one(
 
 def test_the_default_is_the_bundled_backbone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "bundled_backbone_folder", lambda: folder)
-    backbone = Backbone.load()
+    backbone = Backbone.load(eraser=None)
     assert backbone.name == DEFAULT_BACKBONE and backbone.fingerprint == tiny_backbone().fingerprint
 
 

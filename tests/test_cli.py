@@ -135,7 +135,8 @@ def test_several_spans_and_a_pattern_are_erased_at_once(run: Run, model: str, co
 def test_auto_keeps_to_its_budget(run: Run, model: str, context: str) -> None:
     asked = "--context", context, "--span", SPAN, "--ask", "Who?", "--model", model, "--json", "--max-new-tokens", "4"
     strict = read(run("erase", *asked, "--method", "auto", "--max-kl", "0"))["receipts"][0]
-    assert strict["exact"] and strict["method"] == "recompute"
+    # Where its tokens are the whole suffix, `follow` is exact too.
+    assert strict["exact"] and strict["method"] in ("recompute", "follow")
     loose = read(run("erase", *asked, "--method", "auto", "--max-kl", "1000"))["receipts"][0]
     assert not loose["exact"] and loose["recomputed"] == 0
 

@@ -83,7 +83,10 @@ def test_receipts_audits_messages_and_erased_flags_come_back(session: Session, p
     session.save(path)
     loaded = Session.load(path, session.backbone)
     assert loaded.receipts == session.receipts and loaded.receipts[1].audit is not None
-    assert isinstance(loaded.receipts[1].spans[0], tuple) and loaded.receipts[1].parameters == {"window": 3}
+    assert isinstance(loaded.receipts[1].spans[0], tuple) and loaded.receipts[1].parameters == {
+        "window": 3,
+        "per_span": 0.0,
+    }
     assert loaded.transcript == session.transcript and not all(loaded.transcript.live)
     assert loaded.text == session.text and "Ada" not in loaded.text and "Ada" in loaded.transcript.text
     assert [place.role for place in loaded.transcript.messages] == ["user", "assistant"]

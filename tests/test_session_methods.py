@@ -38,7 +38,10 @@ def test_without_a_method_the_eraser_serves_as_it_was_trained_else_recompute() -
     assert (erased.method, erased.parameters) == ("kveraser", {"layout": "closed"})
     attach_random_eraser(backbone, settings=EraserSettings(layout="keep", repair=5))
     repaired = Session(backbone, text=TEXT).erase(SPAN)
-    assert (repaired.method, repaired.parameters) == ("kveraser+repair", {"window": 5, "layout": "keep"})
+    assert (repaired.method, repaired.parameters) == (
+        "kveraser+repair",
+        {"window": 5, "layout": "keep", "per_span": 0.0},
+    )
     assert not erased.exact and not repaired.exact and repaired.recomputed == erased.recomputed + 5
 
 
@@ -48,7 +51,7 @@ def test_parameters_reach_the_method_however_they_are_given(session: Session) ->
     ]  # fmt: skip
     for method, parameters in given:
         receipt = session.erase(SPAN, method, **parameters)
-        assert (receipt.method, receipt.parameters, receipt.recomputed) == ("repair", {"window": 5}, 5)
+        assert (receipt.method, receipt.parameters, receipt.recomputed) == ("repair", {"window": 5, "per_span": 0.0}, 5)
         session.undo()
 
 
