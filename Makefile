@@ -1,11 +1,12 @@
 # Each target does all it needs on a fresh machine, and is quick the second time.
 # PYTHON=python3.12 make test    uses another interpreter (.venv is made again for it)
 # WORKERS=4 make test            runs the tests in more processes
-# CORPUS=text.jsonl make results-eraser    measures the eraser on passages of your own
+# CORPUS=text.jsonl CASES=3 make results-eraser    measures the eraser on passages of your own, 3 cases a cell
 
 PYTHON ?= python3
 WORKERS ?= 2
 CORPUS ?= wikimedia/wikipedia
+CASES ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -65,10 +66,10 @@ results-eraser: $(BACKBONE)
 	@mv docs/results/training.json.part docs/results/training.json
 	@echo "Measuring: held-out suite"
 	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024,2048 --spans 50,200,600 \
-		--cases 3 --output build/heldout --json >docs/results/heldout.json.part
+		--cases $(CASES) --output build/heldout --json >docs/results/heldout.json.part
 	@mv docs/results/heldout.json.part docs/results/heldout.json
 	@echo "Measuring: variants"
-	@$(BIN)/kveraser bench variants --corpus $(CORPUS) --cases 40 --output build/variants.jsonl --json \
+	@$(BIN)/kveraser bench variants --corpus $(CORPUS) --cases 32 --output build/variants.jsonl --json \
 		>docs/results/variants.json.part
 	@mv docs/results/variants.json.part docs/results/variants.json
 	@$(BIN)/python -m kveraser.bench.tables

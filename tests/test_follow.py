@@ -40,9 +40,9 @@ def test_without_echoes_it_starts_at_the_seam() -> None:
 def test_slots_without_a_token_are_never_taken() -> None:
     tokens = [1, NOT_LIVE, 70, 71, NOT_LIVE, 2, NOT_LIVE, 70, 3]
     for window in range(6):
-        taken = most_contaminated(tokens, Span(1, 4), window, 9, NOT_LIVE)
+        taken = most_contaminated(tokens, Span(1, 4), window, 9)
         assert taken == [5, 7, 8]
-    assert most_contaminated(tokens, Span(1, 4), 1, 1, NOT_LIVE) == [5, 7]
+    assert most_contaminated(tokens, Span(1, 4), 1, 1) == [5, 7]
 
 
 def test_without_echoes_it_is_repair() -> None:

@@ -19,21 +19,26 @@ CARRIED = 0.8
 """The share of its predecessor's score that a token has as well: what follows an echo was said because of it."""
 
 
-def most_contaminated(tokens: Sequence[int], span: Span, window: int, echoes: int, dead: int = -1) -> list[int]:
+def widths(span: int, window: int, per_span: float, echoes: float = 0.0) -> tuple[int, int]:
+    """Suffix tokens to run after a span of `span` tokens: those behind the seam, and those that repeat the span."""
+    return window + round(per_span * span), round(echoes * span)
+
+
+def most_contaminated(tokens: Sequence[int], span: Span, window: int, echoes: int) -> list[int]:
     """Slots behind the span that an erase should compute afresh: the first `window`, then the `echoes` best others.
 
     A token's score is the squared log of its rarity in the context if the span has it as well, and a share of the
     score of the token before it. The context is all that is asked: no states, no question.
 
     Args:
-        tokens: the token id in every slot, `dead` where there is none.
+        tokens: the token id in every slot, negative where there is none.
 
     Returns:
         At most `window + echoes` slots, increasing.
     """
     erased = tokens[span.start : span.end]
     counts, pairs = Counter(tokens), set(pairwise(erased))
-    rarity = {token: log(len(tokens) / counts[token]) ** 2 for token in erased if token != dead}
+    rarity = {token: log(len(tokens) / counts[token]) ** 2 for token in erased if token >= 0}
     scores: dict[int, float] = {}
     carried = 0.0
     for slot in range(span.end, len(tokens)):
@@ -42,7 +47,7 @@ def most_contaminated(tokens: Sequence[int], span: Span, window: int, echoes: in
         if slot > span.end and (tokens[slot - 1], token) in pairs:
             own *= REPEATED_PAIR
         carried = own + CARRIED * carried
-        if token != dead:
+        if token >= 0:
             scores[slot] = carried
     live = list(scores)
     # Between equal scores the earlier slot: a suffix without echoes is computed from the seam on.

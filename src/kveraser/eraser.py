@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from kveraser.echoes import widths
 from kveraser.errors import EraserError
 
 Layout = Literal["keep", "closed", "compact", "suffix"]
@@ -54,7 +55,7 @@ class EraserSettings:
 
     def widths(self, span: int) -> tuple[int, int]:
         """Suffix tokens that are run after a span of `span` tokens: those behind the seam, and those that repeat it."""
-        return self.repair + round(self.repair_per_span * span), round(self.echoes * span)
+        return widths(span, self.repair, self.repair_per_span, self.echoes)
 
     def check(self, source: str) -> None:
         """Refuse what no eraser can be.

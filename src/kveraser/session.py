@@ -112,7 +112,7 @@ class Session(Dialogue):
                     self.transcript.live[token] = False
                 receipt = Receipt(
                     method=method.name,
-                    parameters={name: value for name, value in method.parameters.items() if value is not None},
+                    parameters=method.given,
                     exact=self.exact,
                     spans=tuple((span.start, span.end) for span in spans),
                     text=tuple(self.transcript.text_of(span) for span in spans),

@@ -90,10 +90,14 @@ class Method(ABC):
         """The parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The parameters by name, without open ones."""
+        return {name: value for name, value in self.parameters.items() if value is not None}
+
     def __str__(self) -> str:
         """The name and the parameters, as `make_method` reads them; open ones and long texts are left out."""
-        given = {name: value for name, value in self.parameters.items() if value is not None}
-        shown = [f"{name}={value!r}" for name, value in given.items() if len(repr(value)) < LONG_VALUE]
+        shown = [f"{name}={value!r}" for name, value in self.given.items() if len(repr(value)) < LONG_VALUE]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
 

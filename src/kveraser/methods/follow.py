@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.echoes import most_contaminated
+from kveraser.echoes import most_contaminated, widths
 from kveraser.methods.base import Erased, Method, check_widths, recompute_scattered, result
 from kveraser.methods.shift import Shift
 from kveraser.spans import Span
@@ -35,16 +35,12 @@ class Follow(Method):
         check_widths(self.name, self.window, self.per_span, self.echoes)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        window, echoes = self.widths(len(span))
+        window, echoes = widths(len(span), self.window, self.per_span, self.echoes)
         chosen = [slot - len(span) for slot in most_contaminated(tokens, span, window, echoes)]
         shifted = Shift()(backbone, cache, tokens, span)
         remaining = [tokens[slot] for slot in shifted.slots]
         recompute_scattered(backbone, cache, remaining, span.start, chosen)
         return result(cache, shifted.slots, recomputed=len(chosen))
 
-    def widths(self, span: int) -> tuple[int, int]:
-        """Tokens behind the seam, and tokens that repeat the span, for a span of `span` tokens."""
-        return self.window + round(self.per_span * span), round(self.echoes * span)
-
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
-        return min(sum(self.widths(span)), suffix)
+        return min(sum(widths(span, self.window, self.per_span, self.echoes)), suffix)

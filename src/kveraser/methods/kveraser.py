@@ -10,7 +10,7 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.echoes import most_contaminated
+from kveraser.echoes import most_contaminated, widths
 from kveraser.eraser import LAYOUTS, SLOT_EMBEDDINGS, SPAN_BIAS, Layout
 from kveraser.errors import MethodError
 from kveraser.methods.base import (
@@ -114,7 +114,7 @@ class KVEraser(Method):
 
     def widths(self, span: int) -> tuple[int, int]:
         """Tokens that `suffix` steers after a span of `span` tokens: behind the seam, and echoes. Settled only."""
-        return (self.window or 0) + round((self.per_span or 0.0) * span), round((self.echoes or 0.0) * span)
+        return widths(span, self.window or 0, self.per_span or 0.0, self.echoes or 0.0)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return min(sum(self.widths(span)), suffix) if self.layout == "suffix" else span
@@ -125,7 +125,7 @@ def _steer_suffix(
 ) -> Erased:
     """Close the gap, run the most contaminated suffix tokens with the eraser on, then give the span's slots back."""
     bias = backbone.require_eraser().extras[SPAN_BIAS]
-    chosen = most_contaminated(tokens, span, window, echoes, NOT_LIVE)
+    chosen = most_contaminated(tokens, span, window, echoes)
     close_gap(backbone, cache, span.end, ceil(float(cache.positions[span.start])))
     if chosen:
         slots = torch.tensor(chosen)
@@ -201,7 +201,7 @@ class KVEraserRepair(Method):
 
     def width(self, span: int) -> int:
         """Suffix tokens computed afresh after a span of `span` tokens; settled only."""
-        return (self.window or DEFAULT_WINDOW) + round((self.per_span or 0.0) * span)
+        return widths(span, self.window or DEFAULT_WINDOW, self.per_span or 0.0)[0]
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return span + min(self.width(span), suffix)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
+from kveraser.echoes import widths
 from kveraser.methods.base import Erased, Method, check_widths, recompute_window, result
 from kveraser.methods.shift import Shift
 from kveraser.spans import Span
@@ -39,7 +40,7 @@ class Repair(Method):
 
     def width(self, span: int) -> int:
         """Suffix tokens that are computed afresh after a span of `span` tokens."""
-        return self.window + round(self.per_span * span)
+        return widths(span, self.window, self.per_span)[0]
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return min(self.width(span), suffix)
