@@ -12,6 +12,7 @@ import pytest
 
 from kveraser import cli
 from kveraser.backbone import Backbone
+from kveraser.eraser import EraserSettings
 from kveraser.methods import METHODS
 from kveraser.session import Session
 from tests.tiny import attach_random_eraser, tiny_backbone
@@ -218,6 +219,18 @@ def test_latency_reports_a_row_a_method_and_length(run: Run, model: str) -> None
     assert result["notes"] and result["settings"]["lengths"] == [64, 96]
     code, out, err = run("bench", "latency", "--lengths", "64", "--span", "8", "--repeats", "1", "--model", model)
     assert code == 0 and "recompute" in out and "untrained" in err
+
+
+def test_latency_leaves_out_what_the_eraser_cannot_serve_unless_it_is_asked_for(
+    run: Run, model: str, tmp_path: Path
+) -> None:
+    attach_random_eraser(tiny_backbone(), settings=EraserSettings("suffix", 2)).save_pretrained(tmp_path)
+    asked = "bench", "latency", "--lengths", "64", "--span", "8", "--repeats", "1", "--model", model
+    result = read(run(*asked, "--eraser", str(tmp_path), "--json"))
+    timed = {row["method"].partition("(")[0] for row in result["rows"]}
+    assert timed == set(METHODS) - {"kveraser+repair"} and "steers the suffix tokens" in result["notes"][0]
+    code, _, err = run(*asked, "--eraser", str(tmp_path), "--method", "kveraser+repair")
+    assert code == 1 and "steers the suffix tokens" in err
 
 
 @pytest.mark.parametrize(

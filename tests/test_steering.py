@@ -11,7 +11,7 @@ from pytest import MonkeyPatch
 
 from kveraser.backbone import Backbone
 from kveraser.eraser import SLOT_EMBEDDINGS, SPAN_BIAS, EraserSettings
-from kveraser.errors import BackboneError, KVEraserError, MethodError, RotationError
+from kveraser.errors import BackboneError, EraserError, KVEraserError, MethodError, RotationError
 from kveraser.methods import NOT_LIVE, make_method
 from kveraser.spans import Span
 from kveraser.steering import compact_states, steering_positions, suffix_states
@@ -315,8 +315,8 @@ def test_suffix_out_of_place_equals_in_place(bias: float, chosen: Sequence[int],
 
 FLASH = "flash_attention_2"
 REFUSALS: list[tuple[EraserSettings, str, str, type[KVEraserError], str]] = [
-    (SUFFIX, "llama", "kveraser+repair", MethodError, "use kveraser"),
-    (SUFFIX, "llama", "kveraser+repair(3)", MethodError, "use kveraser"),
+    (SUFFIX, "llama", "kveraser+repair", EraserError, "use kveraser"),
+    (SUFFIX, "llama", "kveraser+repair(3)", EraserError, "use kveraser"),
     (SUFFIX, "llama", "kveraser('keep')", MethodError, "was trained for layout suffix, and can't be used for keep"),
     (SUFFIX, "llama", "kveraser('compact')", MethodError, "can't be used for compact"),
     (COMPACT, "llama", "kveraser('closed')", MethodError, "can't be used for closed"),

@@ -12,7 +12,7 @@ import typer
 from kveraser.bench.commands import quality, variants
 from kveraser.bench.commands import train as bench_train
 from kveraser.console import RECEIPT_COLUMNS, bar, emit, print_answers, print_document, print_rows, receipt_row, say
-from kveraser.errors import InputError, KVEraserError, MethodError
+from kveraser.errors import EraserError, InputError, KVEraserError, MethodError
 from kveraser.options import (
     DEFAULT_MODEL,
     SHIPPED,
@@ -279,9 +279,16 @@ def latency(
         # The cost of an adapter does not depend on what it has learnt.
         backbone.eraser = Eraser.untrained(backbone.model)
         notes.append("timed with an untrained eraser of the paper's shape (rank 16, seven projections)")
-    chosen = [one.settled(backbone) for one in chosen]
+    settled = []
+    for one in chosen:
+        try:
+            settled.append(one.settled(backbone))
+        except EraserError as error:
+            if method:
+                raise
+            notes.append(f"left out: {error}")
     with bar() as advance:
-        rows = run(backbone, chosen, sizes, span, depth, repeats, advance)
+        rows = run(backbone, settled, sizes, span, depth, repeats, advance)
     settings = {"lengths": sizes, "span": span, "depth": depth, "repeats": repeats}
     result = to_json(rows, backbone, settings, notes)
     if json_output:

@@ -11,6 +11,7 @@ from kveraser.audit import References
 from kveraser.backbone import Backbone
 from kveraser.chat import question_text
 from kveraser.demo.documents import Document
+from kveraser.errors import EraserError
 from kveraser.methods import make_method
 from kveraser.packed import greedy_together
 from kveraser.probes import Probe
@@ -86,8 +87,8 @@ def run_document(
     """Prefill one document, ask, and erase by every method in turn, undoing each.
 
     Args:
-        methods: names for `make_method`, an exact one among them; those that need an eraser are reported as missing
-            when none is loaded.
+        methods: names for `make_method`, an exact one among them; those that need another eraser than is
+            loaded are reported as missing.
     """
     say = progress or (lambda _: None)
     say(f"{document.title}: reading")
@@ -105,9 +106,11 @@ def run_document(
     references: References | None = None
     results: list[MethodResult] = []
     for name in methods:
-        method = make_method(name)
-        if method.needs_eraser and backbone.eraser is None:
-            results.append(MethodResult(name, None, "needs a trained eraser: pass --eraser FOLDER"))
+        try:
+            method = make_method(name).settled(backbone)
+        except EraserError as error:
+            none = "needs a trained eraser: pass --eraser FOLDER"
+            results.append(MethodResult(name, None, none if backbone.eraser is None else str(error)))
             continue
         say(f"{document.title}: {name}")
         session.erase(span, method)

@@ -12,7 +12,7 @@ from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
 from kveraser.echoes import most_contaminated, widths
 from kveraser.eraser import LAYOUTS, SLOT_EMBEDDINGS, SPAN_BIAS, Layout
-from kveraser.errors import MethodError
+from kveraser.errors import EraserError, MethodError
 from kveraser.methods.base import (
     NOT_LIVE,
     Erased,
@@ -192,7 +192,7 @@ class KVEraserRepair(Method):
         trained = backbone.require_eraser().settings
         layout = KVEraser(self.layout).settled(backbone).layout
         if layout == "suffix":
-            raise MethodError(
+            raise EraserError(
                 f"{self.name}: the loaded eraser steers the suffix tokens that a repair would compute: use kveraser"
             )
         window = self.window or trained.repair or DEFAULT_WINDOW
