@@ -10,7 +10,7 @@ from kveraser.cache import EditableCache
 from kveraser.decode import greedy, score
 from kveraser.errors import ContextLengthError
 from kveraser.methods import make_method
-from kveraser.packed import greedy_together, score_together
+from kveraser.packed import greedy_together, pack, score_together
 from kveraser.spans import Span
 from tests.tiny import random_tokens, same_bits, snapshot, tiny_backbone
 
@@ -86,3 +86,15 @@ def test_an_attention_with_additive_masks_gives_the_same() -> None:
     pairs = list(zip(PROMPTS, ANSWERS, strict=True))
     for one, other in zip(*(score_together(b, filled(b, None), pairs) for b in (eager, standard)), strict=True):
         assert torch.allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [None, "shift"])
+def test_answers_to_one_question_are_branches_of_it(backbone: Backbone, method: str | None) -> None:
+    cache = filled(backbone, method)
+    pairs = [(PROMPTS[0], ANSWERS[0]), (PROMPTS[1], ANSWERS[1]), (PROMPTS[0], ANSWERS[1]), (PROMPTS[0], ANSWERS[2])]
+    assert len(pack(pairs, 40, 40, share_prompts=True).tokens) == len(pack(pairs, 40, 40).tokens) - 2 * len(PROMPTS[0])
+    for (prompt, answer), packed in zip(pairs, score_together(backbone, cache, pairs), strict=True):
+        assert float((packed - score(backbone, cache, prompt, answer)).abs().max()) < 1e-3
+        # Guard: behind the answer of another branch the scores are others.
+        other = score(backbone, cache, [*prompt, *ANSWERS[1]], answer)
+        assert float((packed - other).abs().max()) > 0.05

@@ -17,6 +17,8 @@ from kveraser.decode import end_tokens, rewound
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a question and of the answer that is forced after it; neither is empty."""
+EVERY_BRANCH = -1
+"""In place of an answer's number: tokens of a prompt, which all of its answers see."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,35 @@ class Packed:
     kept: torch.Tensor
 
 
-def pack(pairs: Sequence[Pair], context: int, position: int) -> Packed:
-    """Lay `pairs` behind a context of `context` slots, each starting at `position`."""
+def pack(pairs: Sequence[Pair], context: int, position: int, share_prompts: bool = False) -> Packed:
+    """Lay `pairs` behind a context of `context` slots, each starting at `position`.
+
+    Args:
+        share_prompts: lay equal prompts once, with the answers as branches of it.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     owners: list[int] = []
+    branches: list[int] = []
     kept: list[int] = []
-    for owner, (prompt, answer) in enumerate(pairs):
-        base, asked = len(tokens), [*prompt, *answer[:-1]]
-        tokens += asked
-        positions += range(position, position + len(asked))
-        owners += [owner] * len(asked)
-        kept += range(base + len(prompt) - 1, base + len(asked))
-    whose = torch.tensor(owners)
+    prompts: dict[tuple[int, ...], tuple[int, int]] = {}
+    for pair, (prompt, answer) in enumerate(pairs):
+        key = tuple(prompt)
+        if not share_prompts or key not in prompts:
+            prompts[key] = pair, len(tokens)
+            tokens += prompt
+            positions += range(position, position + len(prompt))
+            owners += [pair] * len(prompt)
+            branches += [EVERY_BRANCH] * len(prompt)
+        owner, base = prompts[key]
+        kept += [base + len(prompt) - 1, *range(len(tokens), len(tokens) + len(answer) - 1)]
+        tokens += answer[:-1]
+        positions += range(position + len(prompt), position + len(prompt) + len(answer) - 1)
+        owners += [owner] * (len(answer) - 1)
+        branches += [pair] * (len(answer) - 1)
+    whose, branch = torch.tensor(owners), torch.tensor(branches)
     own = (whose[:, None] == whose[None, :]) & torch.ones(len(tokens), len(tokens)).tril().bool()
+    own &= (branch[None, :] == EVERY_BRANCH) | (branch[:, None] == branch[None, :])
     visible = torch.cat([torch.ones(len(tokens), context, dtype=torch.bool), own], dim=1)
     return Packed(tokens, torch.tensor(positions, dtype=torch.float64), visible, torch.tensor(kept))
 
@@ -64,7 +81,7 @@ def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pai
     """
     if not pairs:
         return []
-    packed = pack(pairs, cache.length, cache.next_position)
+    packed = pack(pairs, cache.length, cache.next_position, share_prompts=True)
     backbone.check_room(0, int(packed.positions.max()) + 1)
     with rewound(cache):
         mask = backbone.attention_mask(packed.visible)

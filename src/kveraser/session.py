@@ -16,6 +16,7 @@ from kveraser.audit import ANSWER_TOKENS, PreparedProbe, References, audit
 from kveraser.backbone import Backbone, Progress
 from kveraser.cache import EditableCache
 from kveraser.dialogue import Answer, Dialogue
+from kveraser.erasing import erase_tokens
 from kveraser.errors import (
     ContextLengthError,
     EraserError,
@@ -83,28 +84,14 @@ class Session(Dialogue):
 
     def _erase(self, spans: Sequence[Span], method: Method, undoable: bool = True) -> Receipt:
         targets = {token for span in spans for token in range(span.start, span.end) if self.transcript.live[token]}
-        method, slots, recomputed, marks = method.settled(self.backbone), list(self.slots), 0, self._marks()
+        method, marks = method.settled(self.backbone), self._marks()
         self._synchronize()
         started = time.perf_counter()
         try:
             with self.cache.edit() as journal:
-                while runs := _runs(slots, targets):
-                    gone = set(slots[runs[0].start : runs[0].end])
-                    # The other spans are no text any more either: what recomputes must not read them again.
-                    tokens = [
-                        NOT_LIVE
-                        if source == NOT_LIVE or (source in targets and not runs[0].start <= slot < runs[0].end)
-                        else self.transcript.tokens[source]
-                        for slot, source in enumerate(slots)
-                    ]
-                    erased = method(self.backbone, self.cache, tokens, runs[0])
-                    recomputed += erased.recomputed
-                    slots = [NOT_LIVE if slot == NOT_LIVE else slots[slot] for slot in erased.slots]
-                    if len(slots) != self.cache.length or not gone.isdisjoint(slots):
-                        raise MethodError(
-                            f"{method} left a cache of {self.cache.length} slots and says what {len(slots)} hold, "
-                            f"erased tokens {'not ' if gone.isdisjoint(slots) else ''}among them: choose another method"
-                        )
+                slots, recomputed = erase_tokens(
+                    self.backbone, self.cache, method, self.transcript.tokens, self.slots, targets
+                )
                 self._synchronize()
                 seconds = time.perf_counter() - started
                 self.slots = slots
@@ -318,18 +305,6 @@ def _checked(probes: Sequence[str | Probe]) -> list[Probe]:
         if not isinstance(probe, str | Probe):
             raise InputError(f"{probe!r} is not a probe: give a question, or a kveraser.Probe")
     return [Probe(probe) if isinstance(probe, str) else probe for probe in probes]
-
-
-def _runs(slots: Sequence[int], targets: set[int]) -> list[Span]:
-    """Runs of neighbouring slots that hold tokens to erase."""
-    runs: list[Span] = []
-    for slot, source in enumerate(slots):
-        if source in targets:
-            if runs and runs[-1].end == slot:
-                runs[-1] = Span(runs[-1].start, slot + 1)
-            else:
-                runs.append(Span(slot, slot + 1))
-    return runs
 
 
 __all__ = ["AUTO_PROBE_BUDGET", "Answer", "Session"]

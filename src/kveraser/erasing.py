@@ -1,0 +1,67 @@
+"""From tokens to runs of slots: a method takes one run at a time, and a text's spans may lie in several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+from kveraser.backbone import Backbone
+from kveraser.cache import EditableCache
+from kveraser.errors import MethodError
+from kveraser.methods import NOT_LIVE, Method
+from kveraser.spans import Span
+
+
+def erase_tokens(
+    backbone: Backbone,
+    cache: EditableCache,
+    method: Method,
+    tokens: Sequence[int],
+    slots: Sequence[int],
+    targets: AbstractSet[int],
+) -> tuple[list[int], int]:
+    """Erase `targets` from the cache, run by run from the front; its edit is open.
+
+    Args:
+        method: a settled method.
+        tokens: ids of all tokens that were ever read.
+        slots: which of them every slot of the cache holds, `NOT_LIVE` where there is none.
+        targets: places in `tokens` that go.
+
+    Returns:
+        `slots` of the edited cache, and the tokens that were run through the backbone.
+
+    Raises:
+        MethodError: the method says that slots hold erased tokens, or tokens where there is no slot.
+    """
+    held, recomputed = list(slots), 0
+    while runs := _runs(held, targets):
+        gone = set(held[runs[0].start : runs[0].end])
+        # The other spans are no text any more either: what recomputes must not read them again.
+        readable = [
+            NOT_LIVE
+            if source == NOT_LIVE or (source in targets and not runs[0].start <= slot < runs[0].end)
+            else tokens[source]
+            for slot, source in enumerate(held)
+        ]
+        erased = method(backbone, cache, readable, runs[0])
+        recomputed += erased.recomputed
+        held = [NOT_LIVE if slot == NOT_LIVE else held[slot] for slot in erased.slots]
+        if len(held) != cache.length or not gone.isdisjoint(held):
+            raise MethodError(
+                f"{method} left a cache of {cache.length} slots and says what {len(held)} hold, "
+                f"erased tokens {'not ' if gone.isdisjoint(held) else ''}among them: choose another method"
+            )
+    return held, recomputed
+
+
+def _runs(slots: Sequence[int], targets: AbstractSet[int]) -> list[Span]:
+    """Runs of neighbouring slots that hold tokens to erase."""
+    runs: list[Span] = []
+    for slot, source in enumerate(slots):
+        if source in targets:
+            if runs and runs[-1].end == slot:
+                runs[-1] = Span(runs[-1].start, slot + 1)
+            else:
+                runs.append(Span(slot, slot + 1))
+    return runs
