@@ -2,11 +2,13 @@
 # PYTHON=python3.12 make test    uses another interpreter (.venv is made again for it)
 # WORKERS=4 make test            runs the tests in more processes
 # CORPUS=text.jsonl CASES=3 make results-eraser    measures the eraser on passages of your own, 3 cases a cell
+# DATASET=questions.jsonl make results-suites      measures the suites, longqa on your questions (left out without any)
 
 PYTHON ?= python3
 WORKERS ?= 2
 CORPUS ?= wikimedia/wikipedia
-CASES ?= 1
+CASES ?= 2
+DATASET ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -19,7 +21,7 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint results results-eraser install backbone clean distclean
+.PHONY: help demo test lint results results-eraser results-suites install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
@@ -27,6 +29,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
+	@echo "make results-suites  measure all suites and methods again, and draw the figures (an hour on 2 cores; resumes)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
 	@echo "make clean      remove caches and build outputs"
@@ -46,6 +49,8 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@echo "Checking types: mypy"
 	@$(BIN)/mypy
+	@echo "Checking that tables are what the result files say"
+	@$(BIN)/python -m kveraser.bench.tables --check
 
 results: $(BACKBONE)
 	@mkdir -p docs/results
@@ -73,6 +78,20 @@ results-eraser: $(BACKBONE)
 		>docs/results/variants.json.part
 	@mv docs/results/variants.json.part docs/results/variants.json
 	@$(BIN)/python -m kveraser.bench.tables
+
+results-suites: $(BACKBONE)
+	@mkdir -p build docs/results/figures
+	@echo "Measuring: sharing"
+	@$(BIN)/kveraser bench sharing --json >docs/results/sharing.json.part
+	@mv docs/results/sharing.json.part docs/results/sharing.json
+	@echo "Measuring: all suites"
+	@$(BIN)/kveraser bench quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output build/profile --json \
+		>docs/results/profile.json.part
+	@mv docs/results/profile.json.part docs/results/profile.json
+	@$(BIN)/kveraser bench report build/profile docs/results/latency.json --output build/report
+	@cp build/report/*.png docs/results/figures/
+	@$(BIN)/python -m kveraser.bench.tables
+	@echo "Wrote docs/results and docs/results.md; the page with the single cases is build/report/index.html"
 
 install: $(INSTALLED)
 

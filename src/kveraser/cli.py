@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kveraser.bench.commands import quality, variants
 from kveraser.bench.commands import train as bench_train
+from kveraser.bench.commands import variants
+from kveraser.bench.commands_latency import latency
+from kveraser.bench.commands_quality import quality, sharing
 from kveraser.console import RECEIPT_COLUMNS, bar, emit, print_answers, print_document, print_rows, receipt_row, say
-from kveraser.errors import EraserError, InputError, KVEraserError, MethodError
+from kveraser.errors import InputError, KVEraserError, MethodError
 from kveraser.options import (
     DEFAULT_MODEL,
     SHIPPED,
@@ -48,7 +50,9 @@ bench = typer.Typer(help="Measure methods on this machine.", no_args_is_help=Tru
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.command()(train)
+bench.command()(latency)
 bench.command()(quality)
+bench.command()(sharing)
 bench.command("train")(bench_train)
 bench.command()(variants)
 
@@ -248,63 +252,6 @@ def models(json_output: Json = False) -> None:
         emit({"rows": rows})
     else:
         print_rows("Models", rows, ["model", "kind", "status"])
-
-
-@bench.command()
-def latency(
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, separated by commas.")] = "512,1024,2048",
-    span: Annotated[int, typer.Option(min=1, help="Tokens to erase.")] = 100,
-    depth: Annotated[float, typer.Option(help="Where the span begins, as a fraction of the context.")] = 0.1,
-    method: Annotated[list[str] | None, typer.Option(help="Default: every method.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds after one of warm-up.")] = 5,
-    model: Model = DEFAULT_MODEL,
-    eraser: EraserOption = SHIPPED,
-    device: Device = None,
-    dtype: Dtype = None,
-    json_output: Json = False,
-) -> None:
-    """Time every method against the bare forward pass of the same span."""
-    from kveraser.bench.latency import run, to_json
-    from kveraser.eraser import Eraser
-    from kveraser.methods import METHODS, make_method
-
-    try:
-        sizes = [int(size) for size in lengths.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--lengths {lengths!r} is not a list of numbers, such as 512,1024") from error
-    chosen = [make_method(name) for name in method or METHODS]
-    backbone = load_backbone(model, eraser, device, dtype)
-    notes = []
-    if backbone.eraser is None and any(one.needs_eraser for one in chosen):
-        # The cost of an adapter does not depend on what it has learnt.
-        backbone.eraser = Eraser.untrained(backbone.model)
-        notes.append("timed with an untrained eraser of the paper's shape (rank 16, seven projections)")
-    settled = []
-    for one in chosen:
-        try:
-            settled.append(one.settled(backbone))
-        except EraserError as error:
-            if method:
-                raise
-            notes.append(f"left out: {error}")
-    with bar() as advance:
-        rows = run(backbone, settled, sizes, span, depth, repeats, advance)
-    settings = {"lengths": sizes, "span": span, "depth": depth, "repeats": repeats}
-    result = to_json(rows, backbone, settings, notes)
-    if json_output:
-        emit(result)
-        return
-    shown = [
-        row
-        | {
-            "seconds / floor": row["seconds"] / row["floor_seconds"],
-            "extra / span": row["extra_bytes"] / row["span_bytes"],
-        }
-        for row in result["rows"]
-    ]
-    print_rows("Latency", shown, ["method", "context", "seconds", "seconds / floor", "extra / span", "recomputed"])
-    for note in notes:
-        say(note)
 
 
 # Input

@@ -17,8 +17,8 @@ from kveraser.decode import end_tokens, rewound
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a question and of the answer that is forced after it; neither is empty."""
-EVERY_BRANCH = -1
-"""In place of an answer's number: tokens of a prompt, which all of its answers see."""
+ROOT = -1
+"""In place of a token's parent: it follows on the context."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Packed:
     """Questions and answers laid side by side behind a context.
 
     Attributes:
-        tokens: of all pairs in order, each without its answer's last token.
+        tokens: of all pairs in order, each without its answer's last token; what pairs share is there once.
         positions: of every token, float64 `[tokens]`; each pair starts at the same one.
         visible: which slots every token sees, bool `[tokens, context + tokens]`: the context, and its own pair so far.
         kept: the places whose logits predict the answers, int64 `[answer tokens]`.
@@ -38,35 +38,33 @@ class Packed:
     kept: torch.Tensor
 
 
-def pack(pairs: Sequence[Pair], context: int, position: int, share_prompts: bool = False) -> Packed:
+def pack(pairs: Sequence[Pair], context: int, position: int, shared: bool = False) -> Packed:
     """Lay `pairs` behind a context of `context` slots, each starting at `position`.
 
     Args:
-        share_prompts: lay equal prompts once, with the answers as branches of it.
+        shared: lay what pairs begin alike with once: they are branches of it.
     """
     tokens: list[int] = []
+    parents: list[int] = []
     positions: list[int] = []
-    owners: list[int] = []
-    branches: list[int] = []
     kept: list[int] = []
-    prompts: dict[tuple[int, ...], tuple[int, int]] = {}
+    places: dict[tuple[int, int], int] = {}
     for pair, (prompt, answer) in enumerate(pairs):
-        key = tuple(prompt)
-        if not share_prompts or key not in prompts:
-            prompts[key] = pair, len(tokens)
-            tokens += prompt
-            positions += range(position, position + len(prompt))
-            owners += [pair] * len(prompt)
-            branches += [EVERY_BRANCH] * len(prompt)
-        owner, base = prompts[key]
-        kept += [base + len(prompt) - 1, *range(len(tokens), len(tokens) + len(answer) - 1)]
-        tokens += answer[:-1]
-        positions += range(position + len(prompt), position + len(prompt) + len(answer) - 1)
-        owners += [owner] * (len(answer) - 1)
-        branches += [pair] * (len(answer) - 1)
-    whose, branch = torch.tensor(owners), torch.tensor(branches)
-    own = (whose[:, None] == whose[None, :]) & torch.ones(len(tokens), len(tokens)).tril().bool()
-    own &= (branch[None, :] == EVERY_BRANCH) | (branch[:, None] == branch[None, :])
+        parent = ROOT if shared else ROOT - pair
+        path: list[int] = []
+        for token in [*prompt, *answer[:-1]]:
+            if not shared or (parent, token) not in places:
+                places[parent, token] = len(tokens)
+                tokens.append(token)
+                parents.append(parent)
+                positions.append(position + len(path))
+            parent = places[parent, token]
+            path.append(parent)
+        kept += path[len(prompt) - 1 :]
+    own = torch.eye(len(tokens), dtype=torch.bool)
+    for place, parent in enumerate(parents):
+        if parent >= 0:
+            own[place] |= own[parent]
     visible = torch.cat([torch.ones(len(tokens), context, dtype=torch.bool), own], dim=1)
     return Packed(tokens, torch.tensor(positions, dtype=torch.float64), visible, torch.tensor(kept))
 
@@ -81,7 +79,7 @@ def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pai
     """
     if not pairs:
         return []
-    packed = pack(pairs, cache.length, cache.next_position, share_prompts=True)
+    packed = pack(pairs, cache.length, cache.next_position, shared=True)
     backbone.check_room(0, int(packed.positions.max()) + 1)
     with rewound(cache):
         mask = backbone.attention_mask(packed.visible)

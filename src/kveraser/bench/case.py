@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,6 +82,20 @@ class BenchCase:
     queries: tuple[Query, ...]
     attack: Attack | None = None
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the case says."""
+        return _digest(repr(self))
+
+
+def context_id(context: str | Sequence[Mapping[str, Any]]) -> str:
+    """Equal for equal contexts."""
+    return _digest(repr(context))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -110,6 +125,11 @@ class Asked:
     query: Query
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+
+    @property
+    def judged(self) -> bool:
+        """Whether a greedy answer is wanted: for exact match, or to see if it gives a secret away."""
+        return bool(self.query.accepted) or (self.query.kind == "leak" and bool(self.query.wrong))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`kveraser bench quality` and `kveraser bench variants`."""
+"""`kveraser bench variants` and `kveraser bench train`."""
 
 from __future__ import annotations
 
@@ -10,63 +10,6 @@ import typer
 
 from kveraser.console import bar, emit, print_rows, say
 from kveraser.options import DEFAULT_MODEL, NO_ERASER, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
-
-METHODS_COMPARED = "mask;shift;zero_value;blank;erratum;repair(32);repair(32, per_span=1.0);follow;kveraser"
-SHOWN = [
-    "task", "length", "span", "method", "cases", "em", "em_exact", "kl", "fidelity", "leak", "no_harm", "seconds",
-]  # fmt: skip
-
-
-def quality(
-    corpus: Annotated[str, typer.Option(help="Hub dataset, .jsonl file or plain text.")] = "wikimedia/wikipedia",
-    suite: Annotated[str, typer.Option(help="heldout: the tasks of training, never trained on.")] = "heldout",
-    methods: Annotated[str, typer.Option(help="Separated by semicolons.")] = METHODS_COMPARED,
-    tasks: Annotated[str | None, typer.Option(help="Separated by commas. Default: all of the suite.")] = None,
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "512,1024,2048",
-    spans: Annotated[str, typer.Option(help="Span lengths in tokens.")] = "50,200,600",
-    cases: Annotated[int, typer.Option(min=1, help="Cases of every task, length and span.")] = 200,
-    passages: Annotated[int | None, typer.Option(min=2, help="Most passages to read from the corpus.")] = None,
-    column: Annotated[str, typer.Option(help="Text column of a dataset or .jsonl file.")] = "text",
-    output: Annotated[Path | None, typer.Option(help="Folder of the run: a line a case; resumes there.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same cases and intervals.")] = 0,
-    model: Model = DEFAULT_MODEL,
-    eraser: EraserOption = SHIPPED,
-    device: Device = None,
-    dtype: Dtype = None,
-    json_output: Json = False,
-) -> None:
-    """Measure what every method forgets, leaks and harms, against exact recomputation."""
-    from kveraser.bench.heldout import HELDOUT_TASKS
-    from kveraser.bench.run import QualitySettings, run, to_json
-    from kveraser.methods import make_method
-    from kveraser.training.corpus import read_passages
-
-    if suite != "heldout":
-        raise typer.BadParameter(f"--suite {suite!r}: there is heldout")
-    chosen = [make_method(name) for name in methods.split(";") if name.strip()]
-    settings = QualitySettings(
-        tasks=tuple(task.strip() for task in tasks.split(",")) if tasks is not None else HELDOUT_TASKS,
-        lengths=_sizes("--lengths", lengths),
-        spans=_sizes("--spans", spans),
-        cases=cases,
-        seed=seed,
-        corpus=Path(corpus).name if Path(corpus).is_file() else corpus,
-    )
-    settings.check()
-    texts = read_passages(corpus, passages, column)
-    backbone = load_backbone(model, eraser, device, dtype)
-    chosen = [one.settled(backbone) for one in chosen]
-    with bar(total=1.0) as advance:
-        measured = run(backbone, texts, chosen, settings, output, advance)
-    result = to_json(measured, backbone, settings, chosen)
-    if json_output:
-        emit(result)
-        return
-    print_rows("Quality", result["rows"], SHOWN)
-    for cell in measured.left_out:
-        say(f"Left out: {cell.task}, span {cell.span} of {cell.length} tokens: {cell.reason}")
-    if output is not None:
-        say(f"Cases: {output}")
 
 
 def variants(
@@ -157,10 +100,3 @@ def train(
         return
     print_rows("Training", result["rows"], list(result["rows"][0]))
     say(f"The engine trains on {ratio:.1f} times the queries a second.")
-
-
-def _sizes(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"{option} {text!r} is not a list of numbers, such as 512,1024") from error

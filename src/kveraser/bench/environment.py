@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ def environment(backbone: Backbone) -> dict[str, Any]:
         "device": str(backbone.device),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "commit": commit(),
         "versions": {
             "kveraser": __version__,
             "torch": torch.__version__,
@@ -32,3 +38,15 @@ def environment(backbone: Backbone) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from; None where it is installed."""
+    source = Path(__file__)
+    try:
+        git = partial(subprocess.run, cwd=source.parent, capture_output=True, text=True, check=True)
+        # An installed package may lie inside somebody else's repository.
+        git(["git", "ls-files", "--error-unmatch", source.name])
+        return str(git(["git", "rev-parse", "HEAD"]).stdout).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

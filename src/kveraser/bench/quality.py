@@ -1,206 +1,250 @@
-"""`kveraser bench quality`: what each method forgets, leaks and harms, against exact recomputation, case by case.
+"""What each method forgets, leaks and harms, against exact recomputation: all cases of one context, on one prefill.
 
-A case is prefilled once. Every method edits that one cache in place, answers all questions in one pass, and is undone;
-the exact reference is the same cache with the suffix prefilled again. Definitions: docs/measures.md.
+Every method edits that one cache in place, answers a case's questions in one pass, and is undone; the exact reference
+is the same cache with the suffix prefilled again, compared once a context with a fresh prefill. Definitions:
+docs/measures.md.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from kveraser.audit import kl_divergence
 from kveraser.backbone import Backbone
+from kveraser.bench.attack import attack
+from kveraser.bench.case import Asked, TokenizedCase, TokenizedContext, context_id
+from kveraser.bench.results import Answered, CaseResult, Measured, Question
 from kveraser.cache import EditableCache
 from kveraser.decode import end_tokens
+from kveraser.erasing import erase_tokens
 from kveraser.methods import Method
 from kveraser.methods.recompute import Recompute
 from kveraser.packed import Pair, greedy_together, score_together
-from kveraser.spans import Span
-from kveraser.training.cases import QueryKind, TokenizedCase, normalized
+from kveraser.training.cases import normalized
 
-UNERASED = "none"
-"""The row of the cache before any erase."""
+UNERASED, EXACT = "none", "recompute"
+"""The rows of the cache before any erase, and of the exact reference."""
 ANSWER_TOKENS = 16
-"""Most tokens of a greedy answer that is judged for exact match: the accepted answers are short."""
+"""Most tokens of a greedy answer that is judged: the accepted answers are short."""
 NOTICE_TOKENS = 256
 """Room that every case leaves for words a method appends, whichever methods a run has: a cell stays the same."""
+ATTACK_TOKENS = 128
+"""Room for an adversary's words."""
+EXCERPT = 300
+"""Characters before and after a span that a result quotes."""
+DRAFTS = 3
+"""Most answers of other caches that are tried before one is decoded token by token."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One question, answered after one method.
+class _Reply:
+    """What a cache says to one question: log-probabilities of the forced answer, and the judged greedy answer."""
 
-    Attributes:
-        tokens: of the forced answer.
-        kl: KL(exact || edited) summed over them, in nats; `kl_unerased` the same of the unerased cache.
-        log_probability: mean of the forced answer, nats per token; `log_probability_exact` the reference's.
-        answer: the greedy answer, where the question is judged for exact match.
-        correct: exact match: it contains an accepted answer and no wrong one. None where it is not judged.
-    """
-
-    kind: QueryKind
-    tokens: int
-    kl: float
-    kl_unerased: float
-    log_probability: float
-    log_probability_exact: float
-    answer: str | None
-    answer_exact: str | None
-    correct: bool | None
-    correct_exact: bool | None
+    scores: torch.Tensor
+    spoken: tuple[int, ...] | None
 
 
-@dataclass(frozen=True)
-class CaseResult:
-    """One case under one method.
-
-    Attributes:
-        length, span: of its cell: the tokens of context and span that were asked for.
-        context_tokens, span_tokens: of the case itself.
-        seconds: of the erase; `recomputed` the tokens that it ran through the backbone.
-    """
-
-    case: str
-    task: str
-    length: int
-    span: int
-    method: str
-    context_tokens: int
-    span_tokens: int
-    seconds: float
-    recomputed: int
-    questions: tuple[Answered, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for a line of the run's case file."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> CaseResult:
-        """Read a line again."""
-        return cls(**(fields | {"questions": tuple(Answered(**one) for one in fields["questions"])}))
-
-
-def room(case: TokenizedCase) -> int:
+def room(context: TokenizedContext, case: TokenizedCase) -> int:
     """Positions that measuring a case takes: its context, a method's notice, the longest question and its answer."""
-    asked = max(len(prompt) + max(len(answer), ANSWER_TOKENS) for prompt, answer in case.queries)
-    return case.tokens + NOTICE_TOKENS + asked
+    asked = max(len(one.prompt) + max(len(one.answer), ANSWER_TOKENS) for one in case.asked)
+    return len(context.tokens) + NOTICE_TOKENS + max(asked, ATTACK_TOKENS if case.case.attack else 0)
 
 
-def measure_case(
-    backbone: Backbone, case: TokenizedCase, methods: Sequence[Method], length: int, span: int
+def measure_context(
+    backbone: Backbone, context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[Method]
 ) -> list[CaseResult]:
-    """Answer the questions of a case after each method, beside the unerased cache and the exact reference.
+    """Answer the questions of all cases of a context after each method, beside the unerased cache and the reference.
 
     Args:
         methods: settled methods; `none` and `recompute` are measured in any case.
-        length, span: the cell that the case belongs to, in tokens.
 
     Raises:
-        ContextLengthError: the case does not fit into the backbone.
+        ContextLengthError: a case does not fit into the backbone.
     """
-    tokens = [*case.prefix, *case.span, *case.suffix]
-    erased = Span(len(case.prefix), len(case.prefix) + len(case.span))
-    judged = [place for place, accepted in enumerate(case.accepted) if accepted]
-    backbone.check_room(0, room(case))
-    cache = backbone.prefill(tokens)
-    unerased = score_together(backbone, cache, case.queries)
+    backbone.check_room(0, max(room(context, case) for case in cases))
+    cache = backbone.prefill(context.tokens)
+    asked = [one for case in cases for one in case.asked]
+    unerased = iter(_answer(backbone, cache, asked, [[] for _ in asked]))
+    return [
+        _Measuring(backbone, cache, context, case, [next(unerased) for _ in case.asked]).run(methods, check=place == 0)
+        for place, case in enumerate(cases)
+    ]
 
-    def timed(method: Method) -> tuple[float, int]:
-        settle()
-        started = time.perf_counter()
-        recomputed = method(backbone, cache, tokens, erased).recomputed
-        settle()
-        return time.perf_counter() - started, recomputed
 
-    def settle() -> None:
+class _Measuring:
+    """One case on the prefilled cache of its context."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        cache: EditableCache,
+        context: TokenizedContext,
+        case: TokenizedCase,
+        unerased: Sequence[_Reply],
+    ) -> None:
+        self.backbone, self.cache, self.context, self.case = backbone, cache, context, case
+        self.unerased = unerased
+        self.targets = frozenset(token for span in case.spans for token in range(span.start, span.end))
+        self.said: list[list[tuple[int, ...]]] = [[] for _ in case.asked]
+        self._remember(unerased)
+
+    def run(self, methods: Sequence[Method], check: bool) -> CaseResult:
+        """Measure all methods.
+
+        Args:
+            check: compare the reference with a fresh prefill, which is then what its KL says.
+        """
+        measured = {UNERASED: (self.unerased, (0.0, 0), self._attacked())}
+        measured[EXACT] = exact, _, _ = self._edited(Recompute())
+        for method in methods:
+            if not method.is_reference:
+                measured[str(method)] = self._edited(method)
+        fresh = self._fresh() if check else exact
+        results = {}
+        for name, (replies, (seconds, recomputed), attacked) in measured.items():
+            reference = fresh if name == EXACT else exact
+            answers = [self._answered(place, reference[place], reply) for place, reply in enumerate(replies)]
+            results[name] = Measured(seconds, recomputed, tuple([*answers, *attacked]))
+        return self._result(results)
+
+    def _edited(self, method: Method) -> tuple[list[_Reply], tuple[float, int], list[Answered]]:
+        """What the cache says after a method, what that cost, and what an adversary gets; the cache is as before."""
+        transcript = self.context.transcript
+        with self.cache.edit() as journal:
+            self._settle()
+            started = time.perf_counter()
+            _, recomputed = erase_tokens(
+                self.backbone, self.cache, method, transcript.tokens, range(self.cache.length), self.targets
+            )
+            self._settle()
+            seconds = time.perf_counter() - started
+        try:
+            replies = _answer(self.backbone, self.cache, self.case.asked, self.said)
+            self._remember(replies)
+            return replies, (seconds, recomputed), self._attacked()
+        finally:
+            self.cache.revert(journal)
+
+    def _fresh(self) -> list[_Reply]:
+        """What a fresh prefill of the remaining tokens says, without greedy answers."""
+        tokens = [token for place, token in enumerate(self.context.tokens) if place not in self.targets]
+        pairs = [(one.prompt, one.answer) for one in self.case.asked]
+        scores = score_together(self.backbone, self.backbone.prefill(tokens), pairs)
+        return [_Reply(one, None) for one in scores]
+
+    def _attacked(self) -> list[Answered]:
+        if self.case.case.attack is None:
+            return []
+        found = attack(self.backbone, self.cache, self.context.turn_open, self.case.case.attack)
+        return [Answered(None, found.log_probability, found.answer, None, found.leaked, found.prompt_text)]
+
+    def _remember(self, replies: Sequence[_Reply]) -> None:
+        for said, reply in zip(self.said, replies, strict=True):
+            if reply.spoken is not None and reply.spoken not in said:
+                said.append(reply.spoken)
+
+    def _settle(self) -> None:
         # What was queued before belongs to no method, and what a method queued belongs to it.
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize(backbone.device)
+        if self.backbone.device.type == "cuda":
+            torch.cuda.synchronize(self.backbone.device)
 
-    with cache.edit() as journal:
-        seconds, recomputed = timed(Recompute())
-    exact = score_together(backbone, cache, case.queries)
-    spoken = greedy_together(backbone, cache, [case.queries[place][0] for place in judged], ANSWER_TOKENS)
-    answers_exact = dict(zip(judged, spoken, strict=True))
-    cache.revert(journal)
-    results: list[CaseResult] = []
-    distances = [kl_divergence(reference, other) for reference, other in zip(exact, unerased, strict=True)]
-
-    def add(name: str, edited: Sequence[torch.Tensor], answers: dict[int, list[int]], cost: tuple[float, int]) -> None:
-        questions = []
-        for place, (_, answer) in enumerate(case.queries):
-            forced, places = torch.tensor(answer), torch.arange(len(answer))
-            said, said_exact = (
-                backbone.tokenizer.decode(greedy[place], skip_special_tokens=True) if place in greedy else None
-                for greedy in (answers, answers_exact)
-            )
-            questions.append(
-                Answered(
-                    kind=case.kinds[place],
-                    tokens=len(answer),
-                    kl=kl_divergence(exact[place], edited[place]),
-                    kl_unerased=distances[place],
-                    log_probability=float(edited[place][places, forced].mean()),
-                    log_probability_exact=float(exact[place][places, forced].mean()),
-                    answer=said,
-                    answer_exact=said_exact,
-                    correct=_correct(case, place, said),
-                    correct_exact=_correct(case, place, said_exact),
-                )
-            )
-        results.append(
-            CaseResult(
-                case.id, case.task, length, span, name, len(tokens), len(erased), cost[0], cost[1], tuple(questions)
-            )
+    def _answered(self, place: int, exact: _Reply, reply: _Reply) -> Answered:
+        asked = self.case.asked[place]
+        answer = None
+        if reply.spoken is not None:
+            answer = self.backbone.tokenizer.decode(reply.spoken, skip_special_tokens=True)
+        query, places = asked.query, torch.arange(len(asked.answer))
+        return Answered(
+            kl=kl_divergence(exact.scores, reply.scores),
+            log_probability=float(reply.scores[places, torch.tensor(asked.answer)].mean()),
+            answer=answer,
+            correct=None
+            if answer is None or not query.accepted
+            else _holds(answer, query.accepted) and not _holds(answer, query.wrong),
+            leaked=None if answer is None or query.kind != "leak" else _holds(answer, query.wrong),
         )
 
-    add(UNERASED, unerased, _greedy_like(backbone, cache, case, answers_exact), (0.0, 0))
-    add("recompute", exact, answers_exact, (seconds, recomputed))
-    for method in methods:
-        if method.is_reference:
-            continue
-        with cache.edit() as journal:
-            cost = timed(method)
-        edited = score_together(backbone, cache, case.queries)
-        add(str(method), edited, _greedy_like(backbone, cache, case, answers_exact), cost)
-        cache.revert(journal)
-    return results
+    def _result(self, methods: dict[str, Measured]) -> CaseResult:
+        case, transcript, spans = self.case.case, self.context.transcript, self.case.spans
+        questions = [
+            Question(one.query.question, one.query.kind, one.query.answer, len(one.answer),
+                     one.query.accepted, one.query.wrong)
+            for one in self.case.asked
+        ]  # fmt: skip
+        if case.attack is not None:
+            questions.append(Question(None, "leak", case.attack.target, 0, (), (case.attack.secret,), True))
+        start, end = transcript.offsets[spans[0].start][0], transcript.offsets[spans[-1].end - 1][1]
+        return CaseResult(
+            id=case.id,
+            cell=case.cell,
+            fingerprint=case.fingerprint,
+            context=context_id(case.context),
+            context_tokens=len(self.context.tokens),
+            erased_tokens=self.case.erased,
+            distance_tokens=len(self.context.tokens) - spans[-1].end,
+            before=transcript.text[max(transcript.body_start, start - EXCERPT) : start],
+            erased=tuple(transcript.text_of(span) for span in spans),
+            after=transcript.text[end : end + EXCERPT],
+            questions=tuple(questions),
+            methods=methods,
+        )
 
 
-def _greedy_like(
-    backbone: Backbone, cache: EditableCache, case: TokenizedCase, expected: dict[int, list[int]]
-) -> dict[int, list[int]]:
-    """The greedy answers of a cache, by place: one pass confirms the expected ones, only others are decoded."""
+def _answer(
+    backbone: Backbone, cache: EditableCache, asked: Sequence[Asked], said: Sequence[Sequence[tuple[int, ...]]]
+) -> list[_Reply]:
+    """Score the forced answers and find the greedy ones, in one pass where a draft holds.
+
+    Args:
+        said: of every question, what other caches answered; most caches answer alike.
+    """
     ends = end_tokens(backbone)
-    pairs: dict[int, Pair] = {}
-    for place, answer in expected.items():
-        # An answer that was cut at the limit has no end to confirm.
-        ended = answer if len(answer) == ANSWER_TOKENS else [*answer, *sorted(ends)[:1]]
-        pairs[place] = (case.queries[place][0], ended)
-    scored = score_together(backbone, cache, list(pairs.values()))
-    answers: dict[int, list[int]] = {}
-    for place, scores in zip(pairs, scored, strict=True):
-        chosen, answer = scores.argmax(dim=-1).tolist(), expected[place]
-        if chosen[: len(answer)] == answer and all(token in ends for token in chosen[len(answer) :]):
-            answers[place] = answer
-    others = [place for place in expected if place not in answers]
-    spoken = greedy_together(backbone, cache, [case.queries[place][0] for place in others], ANSWER_TOKENS)
-    return answers | dict(zip(others, spoken, strict=True))
+    pairs: list[Pair] = [(one.prompt, one.answer) for one in asked]
+    drafts: list[tuple[int, tuple[int, ...]]] = []
+    for place, one in enumerate(asked):
+        if one.judged:
+            # The exact answer comes first, then what was said last.
+            chosen = [*said[place][1:2], *said[place][:1], *said[place][:1:-1]][:DRAFTS]
+            # An answer that was cut at the limit has no end to confirm.
+            drafts += [
+                (place, draft if len(draft) == ANSWER_TOKENS else (*draft, *sorted(ends)[:1])) for draft in chosen
+            ]
+    pairs += [(asked[place].prompt, draft) for place, draft in drafts]
+    scored = score_together(backbone, cache, pairs)
+    spoken: dict[int, tuple[int, ...]] = {place: () for place, one in enumerate(asked) if one.judged}
+    finished: set[int] = set()
+    for (place, draft), scores in zip(drafts, scored[len(asked) :], strict=True):
+        held: list[int] = []
+        # Each token is the greedy one as long as all before it were the draft's.
+        for token, drafted in zip(scores.argmax(dim=-1).tolist(), draft, strict=True):
+            if token in ends:
+                finished.add(place)
+                spoken[place] = tuple(held)
+                break
+            held.append(token)
+            if token != drafted:
+                break
+        if place not in finished and len(held) > len(spoken[place]):
+            spoken[place] = tuple(held)
+        if len(held) == ANSWER_TOKENS:
+            finished.add(place)
+    open_places = [place for place in spoken if place not in finished]
+    rest = greedy_together(
+        backbone,
+        cache,
+        [(*asked[place].prompt, *spoken[place]) for place in open_places],
+        ANSWER_TOKENS - min((len(spoken[place]) for place in open_places), default=0),
+    )
+    for place, tail in zip(open_places, rest, strict=True):
+        spoken[place] = (*spoken[place], *tail)[:ANSWER_TOKENS]
+    return [_Reply(scores, spoken.get(place)) for place, scores in enumerate(scored[: len(asked)])]
 
 
-def _correct(case: TokenizedCase, place: int, answer: str | None) -> bool | None:
-    """Exact match after SQuAD normalisation: an accepted answer is in it, and none of the wrong ones."""
-    if answer is None:
-        return None
+def _holds(answer: str, texts: Sequence[str]) -> bool:
+    """Whether one of the texts is in the answer, after SQuAD normalisation."""
     said = f" {normalized(answer)} "
-
-    def holds(texts: Sequence[str]) -> bool:
-        return any(f" {normalized(text)} " in said for text in texts)
-
-    return holds(case.accepted[place]) and not holds(case.wrong[place])
+    return any(f" {normalized(text)} " in said for text in texts)

@@ -1,184 +1,195 @@
-"""One run of a quality suite: its cases measured one by one, each kept as soon as it is done, so that a run resumes."""
+"""One quality run: contexts measured one by one, each kept as soon as it is done, so that a run resumes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kveraser.backbone import Backbone
-from kveraser.bench.cells import ALL, Cell, cells
+from kveraser.bench.case import (
+    BenchCase,
+    Cell,
+    LeftOut,
+    TokenizedCase,
+    TokenizedContext,
+    tokenize_case,
+    tokenize_context,
+)
 from kveraser.bench.environment import environment
-from kveraser.bench.heldout import HELDOUT_TASKS, SHARE_OF_CONTEXT, fits, heldout_cases
-from kveraser.bench.quality import UNERASED, CaseResult, measure_case, room
+from kveraser.bench.plan import QualitySettings
+from kveraser.bench.quality import EXACT, UNERASED, room
+from kveraser.bench.results import CaseResult
+from kveraser.bench.rows import check_rows, rows_of
+from kveraser.bench.suites import SUITES, SuiteSettings
+from kveraser.bench.workers import Loader, Work, measure_all
 from kveraser.errors import InputError
 from kveraser.methods import Method
-from kveraser.training.cases import Case, tokenize
 
-CASES, SETTINGS = "cases.jsonl", "settings.json"
-
-
-@dataclass(frozen=True)
-class QualitySettings:
-    """What a run of the held-out suite measures.
-
-    Attributes:
-        tasks: names in `HELDOUT_TASKS`.
-        lengths, spans: tokens.
-        cases: of every cell of a task, a length and a span.
-        seed: of the cases and the bootstrap.
-        corpus: where the passages come from, for the record.
-    """
-
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
-    spans: tuple[int, ...]
-    cases: int
-    seed: int
-    corpus: str
-
-    def check(self) -> None:
-        """Refuse what can't be measured.
-
-        Raises:
-            InputError: an unknown task, sizes below 1, a value given twice, or no pair of length and span that fits.
-        """
-        unknown = [task for task in self.tasks if task not in HELDOUT_TASKS]
-        if unknown or not self.tasks:
-            named = repr(unknown[0]) if unknown else "given"
-            raise InputError(f"no held-out task {named}: there are {', '.join(HELDOUT_TASKS)}")
-        for name, sizes in (("lengths", self.lengths), ("spans", self.spans), ("cases", (self.cases,))):
-            if not sizes or min(sizes) < 1:
-                raise InputError(f"{name} is {sizes}: give numbers from 1 on")
-        for name, values in (("tasks", self.tasks), ("lengths", self.lengths), ("spans", self.spans)):
-            if len(set(values)) < len(values):
-                raise InputError(f"{name} is {values}: give each once")
-        if not any(fits(length, span) for length in self.lengths for span in self.spans):
-            raise InputError(f"no span of {self.spans} fits into a context of {self.lengths}: give shorter spans")
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Cells that a run does not measure, and why; `all` where that hangs on no task."""
-
-    task: str
-    length: int
-    span: int
-    reason: str
+CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
 
 
 @dataclass(frozen=True)
 class QualityRun:
-    """What a run measured, a result a case and method, and the cells that it could not measure."""
+    """What a run measured, and the cells that it could not measure."""
 
     results: tuple[CaseResult, ...]
     left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
-class _Scheduled:
-    case: Case
-    length: int
-    span: int
+class _Group:
+    """The cases of one context, and how far through its suite they stand."""
+
+    context: TokenizedContext
+    cases: tuple[TokenizedCase, ...]
+    order: float
+
+
+def make_cases(
+    tokenizer: Any,
+    settings: QualitySettings,
+    passages: Sequence[str] = (),
+    own: Sequence[BenchCase] = (),
+    dataset: str | None = None,
+) -> tuple[list[BenchCase], list[LeftOut]]:
+    """All cases of a run, and the cells that a suite can't make any of.
+
+    Args:
+        passages: text to fill contexts with; empty: the suites generate it.
+        own: cases that the user gave.
+        dataset: the questions of `longqa`: a file, or the name of a hub dataset.
+
+    Raises:
+        InputError: what a suite refuses, or two cases of one id.
+    """
+    cases, left_out = list(own), list[LeftOut]()
+    for plan in settings.plans:
+        made = SUITES[plan.suite].make(
+            SuiteSettings(tokenizer, plan.tasks, plan.lengths, plan.spans, plan.cases, settings.seed, passages, dataset)
+        )
+        cases += made.cases
+        left_out += made.left_out
+    seen: set[str] = set()
+    for case in cases:
+        if case.id in seen:
+            raise InputError(f"two cases have the id {case.id!r}: give each its own")
+        seen.add(case.id)
+    return cases, left_out
 
 
 def run(
     backbone: Backbone,
-    passages: Sequence[str],
     methods: Sequence[Method],
     settings: QualitySettings,
+    cases: Sequence[BenchCase],
+    left_out: Sequence[LeftOut] = (),
     folder: Path | None = None,
     progress: Callable[[str, float], None] | None = None,
+    workers: int = 1,
+    load: Loader | None = None,
 ) -> QualityRun:
-    """Measure every case of the suite.
+    """Measure all cases.
 
-    All cases are made before the first is measured, so that what can't be made is known at once. The first case of
-    every cell comes first, then the second of each: a run that is stopped has measured all cells about equally.
+    All are cut into tokens before the first is measured, so that what can't be measured is known at once. The suites
+    take turns: a run that is stopped has measured about the same share of each.
 
     Args:
         methods: settled methods; `none` and `recompute` are measured in any case.
+        cases, left_out: of `make_cases`.
         folder: where each finished case is appended to `cases.jsonl`; a run of the same settings goes on from there.
         progress: called with what is being done, and the share that is done.
+        workers: processes; more than one need `load`, which loads the backbone in each of them.
 
     Raises:
-        InputError: bad settings, a corpus that does not give the cases, no cell that fits into the backbone, a method
-            given twice, or `folder` can't be written or holds anything else than such a run.
+        InputError: a case whose span is not in its context, no cell that fits into the backbone, a method given twice,
+            or `folder` can't be written or holds anything else than such a run.
     """
-    settings.check()
-    names = [UNERASED, *dict.fromkeys(["recompute", *map(str, methods)])]
+    names = list(dict.fromkeys([UNERASED, EXACT, *(str(method) for method in methods if not method.is_reference)]))
     if len(set(map(str, methods))) < len(methods):
         raise InputError(f"the methods are {', '.join(map(str, methods))}: give each once")
     report = progress or (lambda _step, _share: None)
     report("making cases", 0.0)
-    scheduled, left_out = _schedule(backbone, passages, settings)
-    done: dict[str, list[CaseResult]] = {}
+    groups, too_long = _groups(backbone, cases)
+    done: dict[str, CaseResult] = {}
     if folder is not None:
-        done = _resume(folder, _identity(backbone, passages, methods, settings, scheduled), names)
-    for place, one in enumerate(scheduled):
-        report(f"{one.case.task}, span {one.span} of {one.length} tokens", place / len(scheduled))
-        if one.case.id in done:
-            continue
-        case = tokenize(backbone, one.case)
-        done[one.case.id] = measure_case(backbone, case, methods, one.length, one.span)
+        done = _resume(folder, _identity(backbone, methods, settings), names, cases)
+    work = [Work(group.context, group.cases) for group in groups if any(one.case.id not in done for one in group.cases)]
+    size = sum(_cost(group.context, group.cases, names) for group in groups)
+    finished = size - sum(_cost(one.context, one.cases, names) for one in work)
+    for one, results in measure_all(backbone, methods, work, workers, load):
+        finished += _cost(one.context, one.cases, names)
+        fresh = [result for result in results if result.id not in done]
+        done |= {result.id: result for result in fresh}
         if folder is not None:
-            _append(folder / CASES, done[one.case.id])
-    return QualityRun(tuple(result for one in scheduled for result in done[one.case.id]), left_out)
+            _append(folder / CASES, fresh)
+        report(f"{results[-1].cell}", finished / size)
+    return QualityRun(
+        tuple(done[one.case.id] for group in groups for one in group.cases), tuple([*left_out, *too_long])
+    )
 
 
-def _schedule(
-    backbone: Backbone, passages: Sequence[str], settings: QualitySettings
-) -> tuple[list[_Scheduled], tuple[LeftOut, ...]]:
-    """The cases in the order in which they are measured, and the cells that are not."""
-    columns: list[list[_Scheduled]] = []
-    left_out: list[LeftOut] = []
-    for length, span in product(settings.lengths, settings.spans):
-        if not fits(length, span):
-            left_out.append(LeftOut(ALL, length, span, f"the span is over {SHARE_OF_CONTEXT:.0%} of the context"))
-            continue
-        # A cell of its own seed: its cases do not hang on which other cells a run has.
-        seed = int.from_bytes(hashlib.sha256(f"{settings.seed}/{length}/{span}".encode()).digest()[:4])
-        for task in settings.tasks:
-            cases = heldout_cases(backbone, passages, task, length, span, settings.cases, seed)
-            needed = max(room(tokenize(backbone, case)) for case in cases)
-            if backbone.max_positions is not None and needed > backbone.max_positions:
-                # Without its longest cases it would be another cell.
-                reason = f"its cases take up to {needed} positions, {backbone.name} has {backbone.max_positions}"
-                left_out.append(LeftOut(task, length, span, reason))
-            else:
-                columns.append([_Scheduled(case, length, span) for case in cases])
-    if not columns:
-        reasons = "; ".join(f"span {one.span} of {one.length} tokens: {one.reason}" for one in left_out)
-        raise InputError(f"there is nothing to measure ({reasons}): give shorter lengths")
-    return [one for row in zip(*columns, strict=True) for one in row], tuple(left_out)
+def _cost(context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[str]) -> int:
+    """About what a group takes, for the time that is left: a prefill, and for every case a suffix and its questions."""
+    asked = sum(len(one.prompt) + len(one.answer) for case in cases for one in case.asked)
+    suffixes = sum(len(context.tokens) - case.spans[0].end for case in cases)
+    return len(context.tokens) + suffixes + 2 * asked * len(methods)
 
 
-def _identity(
-    backbone: Backbone,
-    passages: Sequence[str],
-    methods: Sequence[Method],
-    settings: QualitySettings,
-    scheduled: Sequence[_Scheduled],
-) -> dict[str, Any]:
-    """What the results of two runs must agree in to be results of one."""
-    eraser, corpus = hashlib.sha256(), hashlib.sha256()
+def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group], list[LeftOut]]:
+    """Cases by context, in the order in which they are measured, and the cells that are too long for the backbone."""
+    contexts: dict[tuple[str, str], list[BenchCase]] = defaultdict(list)
+    for case in cases:
+        contexts[case.cell.suite, repr(case.context)].append(case)
+    suites: dict[str, list[_Group]] = defaultdict(list)
+    needed: dict[Cell, int] = defaultdict(int)
+    for (suite, _), together in contexts.items():
+        try:
+            context = tokenize_context(backbone.tokenizer, together[0].context)
+        except InputError as error:
+            raise InputError(f"case {together[0].id}: {error}") from error
+        tokenized = tuple(tokenize_case(backbone.tokenizer, context, case) for case in together)
+        for one in tokenized:
+            needed[one.case.cell] = max(needed[one.case.cell], room(context, one))
+        suites[suite].append(_Group(context, tokenized, 0.0))
+    limit = backbone.max_positions
+    long = {cell: size for cell, size in needed.items() if limit is not None and size > limit}
+    kept = []
+    for groups in suites.values():
+        for place, group in enumerate(groups):
+            # Without its longest cases it would be another cell.
+            fitting = tuple(one for one in group.cases if one.case.cell not in long)
+            if fitting:
+                kept.append(replace(group, cases=fitting, order=place / len(groups)))
+    left_out = [
+        LeftOut(cell, f"its cases take up to {size} positions, {backbone.name} has {limit}")
+        for cell, size in sorted(long.items(), key=lambda one: str(one[0]))
+    ]
+    if not kept:
+        reasons = "; ".join(f"{one.cell}: {one.reason}" for one in left_out)
+        raise InputError(f"there is nothing to measure ({reasons or 'no cases'}): give shorter lengths")
+    return sorted(kept, key=lambda group: group.order), left_out
+
+
+def _identity(backbone: Backbone, methods: Sequence[Method], settings: QualitySettings) -> dict[str, Any]:
+    """What the results of two runs must agree in to be results of one; cases are compared one by one."""
+    eraser = hashlib.sha256()
     for parameter in backbone.eraser.parameters().values() if backbone.eraser else ():
         eraser.update(parameter.detach().float().cpu().numpy().tobytes())
-    for passage in passages:
-        corpus.update(hashlib.sha256(passage.encode()).digest())
-    # The first case of every cell tells whether cases are made as they were; more of them go on in the same folder.
-    first = {(one.case.task, one.length, one.span): one.case.to_json() for one in reversed(scheduled)}
-    identity = asdict(settings) | {
+    identity = {
+        "seed": settings.seed,
+        "corpus": settings.corpus,
+        "dataset": settings.dataset,
+        "case_file": settings.case_file,
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         "eraser": backbone.eraser.name if backbone.eraser else None,
         "eraser_fingerprint": eraser.hexdigest() if backbone.eraser else None,
         "methods": [repr(method) for method in methods],
-        "corpus_fingerprint": corpus.hexdigest(),
-        "cases_fingerprint": hashlib.sha256(repr(sorted(first.items())).encode()).hexdigest(),
         "device": backbone.device.type,
     }
     # As JSON reads it back: lists, not tuples.
@@ -186,13 +197,16 @@ def _identity(
     return read
 
 
-def _resume(folder: Path, identity: dict[str, Any], names: Sequence[str]) -> dict[str, list[CaseResult]]:
-    """The complete cases by id that an earlier run left in `folder`, which is made ready for more.
+def _resume(
+    folder: Path, identity: dict[str, Any], names: Sequence[str], cases: Sequence[BenchCase]
+) -> dict[str, CaseResult]:
+    """The finished cases by id that an earlier run left in `folder`, which is made ready for more.
 
     Args:
-        names: of the methods that a complete case has results of.
+        names: of the methods that a finished case has results of.
     """
     header, lines = folder / SETTINGS, folder / CASES
+    wanted = {case.id: case.fingerprint for case in cases}
     try:
         if lines.exists() and not header.exists():
             raise InputError(f"{lines} is of no quality run ({SETTINGS} is not beside it): choose another folder")
@@ -202,7 +216,7 @@ def _resume(folder: Path, identity: dict[str, Any], names: Sequence[str]) -> dic
         _replace(header, json.dumps(identity, indent=2) + "\n")
         # What a killed process wrote of its last line ends without a line break.
         finished = lines.read_bytes().split(b"\n")[:-1] if lines.exists() else []
-        done: dict[str, list[CaseResult]] = {}
+        done: dict[str, CaseResult] = {}
         for number, line in enumerate(finished, start=1):
             try:
                 result = CaseResult.from_json(json.loads(line))
@@ -210,12 +224,17 @@ def _resume(folder: Path, identity: dict[str, Any], names: Sequence[str]) -> dic
                 raise InputError(
                     f"{lines}, line {number} is no result ({error!r}): remove it, or choose another folder"
                 ) from error
-            done.setdefault(result.case, []).append(result)
-        complete = {case: results for case, results in done.items() if [one.method for one in results] == names}
-        _replace(lines, "".join(_line(result) for results in complete.values() for result in results))
+            if wanted.get(result.id, result.fingerprint) != result.fingerprint:
+                raise InputError(
+                    f"{folder} holds another run: its case {result.id} is not the one that is to be measured: "
+                    "choose another folder, or the same settings"
+                )
+            if list(result.methods) == list(names):
+                done[result.id] = result
+        _replace(lines, "".join(map(_line, done.values())))
     except OSError as error:
         raise _unwritable(folder, error) from error
-    return complete
+    return done
 
 
 def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> None:
@@ -224,14 +243,14 @@ def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> None:
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder / SETTINGS} can't be read ({error}): choose another folder") from error
     for key in identity:
-        if key != "cases" and found.get(key) != identity[key]:
+        if found.get(key) != identity[key]:
             raise InputError(
                 f"{folder} holds another run: its {key} is {found.get(key)!r}, now {identity[key]!r}: "
                 "choose another folder, or the same settings"
             )
 
 
-def _append(lines: Path, results: Sequence[CaseResult]) -> None:
+def _append(lines: Path, results: Iterable[CaseResult]) -> None:
     try:
         with lines.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, results)))
@@ -254,21 +273,35 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 
 def to_json(
-    measured: QualityRun, backbone: Backbone, settings: QualitySettings, methods: Sequence[Method]
+    measured: QualityRun, backbone: Backbone, settings: QualitySettings, methods: Sequence[Method], seconds: float
 ) -> dict[str, Any]:
     """Rows with all that is needed to read them: settings, eraser, versions, hardware.
 
+    Args:
+        seconds: that the run took.
+
     Raises:
-        AssertionError: the reference is not at KL 0, or the unerased cache not at fidelity 0.
+        AssertionError: see `check_rows`.
     """
-    rows: list[Cell] = cells(measured.results, settings.seed)
-    for row in rows:
-        assert row.method != "recompute" or row.kl is None or abs(row.kl) < 1e-5, row
-        assert row.method != "none" or row.fidelity is None or abs(row.fidelity) < 1e-9, row
+    rows = rows_of(measured.results, settings.seed)
+    check_rows(rows)
     return {
-        "command": "kveraser bench quality --suite heldout",
-        "settings": asdict(settings) | {"methods": [str(method) for method in methods]},
+        "command": "kveraser bench quality",
+        "settings": settings.to_json() | {"methods": [str(method) for method in methods]},
         **environment(backbone),
+        "seconds": seconds,
         "rows": [row.to_json() for row in rows],
-        "left_out": [asdict(cell) for cell in measured.left_out],
+        "left_out": [{**asdict(one.cell), "reason": one.reason} for one in measured.left_out],
     }
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Keep the run's result beside its cases.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        _replace(folder / RESULT, json.dumps(result, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise _unwritable(folder, error) from error

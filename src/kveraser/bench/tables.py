@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kveraser.bench.case import ALL
+from kveraser.bench.rows import AXES
 from kveraser.errors import InputError
 
 MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -55,7 +58,7 @@ def heldout_table(result: Mapping[str, Any]) -> str:
         "| method | tokens run | seconds | KL to exact | fidelity | EM (exact) | leak | no-harm KL |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in _margin(result, task="all", length="all", span="all"):
+    for row in _margin(result, "heldout"):
         matched = "" if row["em"] is None else f"{row['em']:.2f} ({row['em_exact']:.2f})"
         lines.append(
             f"| `{row['method']}` | {row['recomputed']:.0f} | {row['seconds']:.2f} | {_with_interval(row, 'kl', 4)} "
@@ -66,23 +69,79 @@ def heldout_table(result: Mapping[str, Any]) -> str:
 
 def heldout_spans_table(result: Mapping[str, Any]) -> str:
     """Fidelity by span length, a row a method."""
-    return _fidelities(result, "span", "span of {} tokens", {"task": "all", "length": "all"})
+    return _fidelities(result, "span", "span of {} tokens")
 
 
 def heldout_lengths_table(result: Mapping[str, Any]) -> str:
     """Fidelity by context length, a row a method."""
-    return _fidelities(result, "length", "{} tokens", {"task": "all", "span": "all"})
+    return _fidelities(result, "length", "{} tokens")
 
 
 def heldout_tasks_table(result: Mapping[str, Any]) -> str:
     """KL by task with its interval, a row a method."""
-    tasks = list(dict.fromkeys(row["task"] for row in result["rows"] if row["task"] != "all"))
-    rows = {(row["method"], row["task"]): row for row in _margin(result, length="all", span="all")}
+    tasks = list(dict.fromkeys(row["task"] for row in _margin(result, "heldout", "task")))
+    rows = {(row["method"], row["task"]): row for row in _margin(result, "heldout", "task")}
     lines = ["| KL to exact | " + " | ".join(f"{task}" for task in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
     for method in dict.fromkeys(method for method, _ in rows):
         cells = [_with_interval(rows[method, task], "kl", 4) for task in tasks]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def suite_table(result: Mapping[str, Any], suite: str) -> str:
+    """One suite over all of its cells, or all suites together, a row a method."""
+    lines = [
+        "| method | tokens run | KL to exact | fidelity | EM | leak | leak rate | no-harm KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = _margin(result, suite)
+    if not rows:
+        return "Not measured."
+    for row in rows:
+        leak = "-" if row["leak"] is None else f"{row['leak']:+.3f}"
+        rate = "-" if row["leak_rate"] is None else f"{row['leak_rate']:+.2f}"
+        lines.append(
+            f"| `{row['method']}` | {row['recomputed']:.0f} | {_with_interval(row, 'kl', 4)} "
+            f"| {_with_interval(row, 'fidelity', 2)} | {_with_interval(row, 'em', 2)} | {leak} | {rate} "
+            f"| {_with_interval(row, 'no_harm', 4)} |"
+        )
+    first = rows[0]
+    lines += ["", f"{first['cases']} cases in {first['contexts']} contexts, {first['questions']} questions."]
+    return "\n".join(lines)
+
+
+def axis_table(result: Mapping[str, Any], suite: str, axis: str, measure: str = "fidelity") -> str:
+    """A measure of one suite along one column of its cells, a row a method.
+
+    Args:
+        axis: a field of `Cell`, such as `task` or `depth`.
+        measure: a column of the rows.
+    """
+    rows = [row for row in _margin(result, suite, axis) if row[measure] is not None]
+    if not rows:
+        return "Not measured."
+    values = list(dict.fromkeys(row[axis] for row in rows))
+    values = values if axis == "task" else sorted(values)
+    found = {(row["method"], row[axis]): row for row in rows}
+    digits = 2 if measure in ("fidelity", "em", "leak_rate") else 4
+    lines = [f"| {measure} by {axis} | " + " | ".join(map(str, values)) + " |", "|---" * (len(values) + 1) + "|"]
+    for method in dict.fromkeys(method for method, _ in found):
+        cells = [
+            _with_interval(found[method, value], measure, digits) if (method, value) in found else "-"
+            for value in values
+        ]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sharing_table(result: Mapping[str, Any]) -> str:
+    """Measuring cases together and each alone, a row a way."""
+    lines = ["| way | cases | methods | prefills | seconds |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['way']} | {row['cases']} | {row['methods']} | {row['prefills']} | {row['seconds']:.0f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", f"Sharing is {result['ratio']:.1f} times as fast."])
 
 
 def variants_table(result: Mapping[str, Any]) -> str:
@@ -100,12 +159,20 @@ def variants_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _margin(result: Mapping[str, Any], **wanted: Any) -> list[Mapping[str, Any]]:
-    return [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
+def _margin(result: Mapping[str, Any], suite: str, axis: str | None = None) -> list[Mapping[str, Any]]:
+    """The rows over all cells of a suite; with an axis, those over all cells of one value on it."""
+    wanted = {"suite": suite} | {name: ALL for name in AXES if name not in ("suite", axis)}
+    return [
+        row
+        for row in result["rows"]
+        # A column that a run does not have runs over everything there is.
+        if all(row.get(key, value) == value for key, value in wanted.items())
+        and (axis is None or row[axis] not in (ALL, None))
+    ]
 
 
-def _fidelities(result: Mapping[str, Any], column: str, heading: str, wanted: Mapping[str, Any]) -> str:
-    rows = {(row["method"], row[column]): row for row in _margin(result, **wanted) if row[column] != "all"}
+def _fidelities(result: Mapping[str, Any], column: str, heading: str) -> str:
+    rows = {(row["method"], row[column]): row for row in _margin(result, "heldout", column)}
     sizes = sorted({size for _, size in rows})
     lines = [
         "| fidelity | " + " | ".join(heading.format(size) for size in sizes) + " |",
@@ -140,10 +207,22 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "heldout_lengths": ("heldout", heldout_lengths_table),
     "heldout_tasks": ("heldout", heldout_tasks_table),
     "variants": ("variants", variants_table),
+    "profile": ("profile", partial(suite_table, suite=ALL)),
+    "niah": ("profile", partial(axis_table, suite="niah", axis="depth")),
+    "niah_lengths": ("profile", partial(axis_table, suite="niah", axis="length")),
+    "longqa": ("profile", partial(suite_table, suite="longqa")),
+    "scenarios": ("profile", partial(axis_table, suite="scenarios", axis="task")),
+    "chains": ("profile", partial(axis_table, suite="chains", axis="task")),
+    "sweep_span": ("profile", partial(axis_table, suite="sweeps", axis="span")),
+    "sweep_distance": ("profile", partial(axis_table, suite="sweeps", axis="distance")),
+    "sweep_count": ("profile", partial(axis_table, suite="sweeps", axis="spans")),
+    "leak": ("profile", partial(axis_table, suite="leak", axis="task", measure="leak")),
+    "leak_rate": ("profile", partial(axis_table, suite="leak", axis="task", measure="leak_rate")),
+    "sharing": ("sharing", sharing_table),
 }
 """By name: the result file, and what renders it."""
 
-DOCUMENTS = ("README.md", "docs/eraser.md", "src/kveraser/erasers/smollm2-135m-instruct/README.md")
+DOCUMENTS = ("README.md", "docs/eraser.md", "docs/results.md", "src/kveraser/erasers/smollm2-135m-instruct/README.md")
 """Where tables stand, from the repository's root."""
 
 
@@ -165,13 +244,22 @@ def fill(document: str, results: Path) -> str:
     return MARKED.sub(render, document)
 
 
-def main(root: Path = Path()) -> int:
-    """Rewrite the documents' tables. Run from the repository."""
+def main(arguments: Sequence[str] = (), root: Path = Path()) -> int:
+    """Rewrite the documents' tables; with `--check`, only say which differ. Run from the repository."""
+    stale = []
     for name in DOCUMENTS:
         document = root / name
-        document.write_text(fill(document.read_text("utf-8"), root / "docs" / "results"), "utf-8")
-    return 0
+        before = document.read_text("utf-8")
+        after = fill(before, root / "docs" / "results")
+        if before != after:
+            stale.append(name)
+            if "--check" not in arguments:
+                document.write_text(after, "utf-8")
+    if "--check" not in arguments or not stale:
+        return 0
+    print(f"{', '.join(stale)}: tables differ from docs/results: run python -m kveraser.bench.tables", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

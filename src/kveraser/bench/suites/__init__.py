@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from kveraser.bench.suites.base import Made, Suite, SuiteSettings
+from kveraser.bench.suites.chains import CHAINS
+from kveraser.bench.suites.heldout import HELDOUT
+from kveraser.bench.suites.leak import LEAK
+from kveraser.bench.suites.longqa import LONGQA
+from kveraser.bench.suites.niah import NIAH
+from kveraser.bench.suites.scenarios import SCENARIOS
+from kveraser.bench.suites.sweeps import SWEEPS
 
-SUITES: dict[str, Suite] = {}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (HELDOUT, NIAH, LONGQA, SCENARIOS, CHAINS, SWEEPS, LEAK)}
 
 __all__ = ["SUITES", "Made", "Suite", "SuiteSettings"]

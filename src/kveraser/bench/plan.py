@@ -1,0 +1,150 @@
+"""What a quality run is to measure: suites with their sizes; and the named profiles."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kveraser.bench.case import ALL, Cell, LeftOut
+from kveraser.bench.suites import SUITES
+from kveraser.errors import InputError
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """One suite of a run: which tasks, context lengths and span lengths in tokens, and how many cases a cell."""
+
+    suite: str
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    spans: tuple[int, ...]
+    cases: int
+
+    def __post_init__(self) -> None:
+        known = SUITES[self.suite].tasks
+        unknown = [task for task in self.tasks if task not in known]
+        if unknown or not self.tasks:
+            named = repr(unknown[0]) if unknown else "given"
+            raise InputError(f"{self.suite} has no task {named}: there are {', '.join(known)}")
+        for name, sizes in (("lengths", self.lengths), ("spans", self.spans), ("cases", (self.cases,))):
+            if min(sizes, default=1) < 1:
+                raise InputError(f"{name} is {sizes}: give numbers from 1 on")
+        if not self.lengths:
+            raise InputError("lengths is empty: give at least one context length")
+        for name, values in (("tasks", self.tasks), ("lengths", self.lengths), ("spans", self.spans)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{name} is {values}: give each once")
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """What a run measures.
+
+    Attributes:
+        plans: a plan a suite.
+        seed: of cases and bootstrap.
+        corpus: where the text comes from that fills contexts, for the record. None: the suites generate it.
+        dataset: where the questions of `longqa` come from, for the record.
+        case_file: the user's own cases, likewise.
+    """
+
+    plans: tuple[SuitePlan, ...] = ()
+    seed: int = 0
+    corpus: str | None = None
+    dataset: str | None = None
+    case_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.plans and self.case_file is None:
+            raise InputError(f"nothing to measure: name a suite ({', '.join(SUITES)}) or give a file of cases")
+        names = [plan.suite for plan in self.plans]
+        if len(set(names)) < len(names):
+            raise InputError(f"the suites are {', '.join(names)}: give each once")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        plain = asdict(self)
+        return {"suites": plain.pop("plans"), **plain}
+
+
+def plan_suite(
+    name: str,
+    tasks: tuple[str, ...] | None = None,
+    lengths: tuple[int, ...] | None = None,
+    spans: tuple[int, ...] | None = None,
+    cases: int = 200,
+) -> SuitePlan:
+    """A suite with its own sizes where none are given.
+
+    Raises:
+        InputError: an unknown suite or task, or sizes that make no sense.
+    """
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=1)
+        raise InputError(
+            f"no suite {name!r}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(SUITES)}")
+        )
+    suite = SUITES[name]
+    return SuitePlan(
+        name,
+        suite.tasks if tasks is None else tasks,
+        suite.lengths if lengths is None else lengths,
+        suite.spans if spans is None else spans,
+        cases,
+    )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named set of suites that fits a machine.
+
+    Attributes:
+        suites: name, context lengths and span lengths, all tasks of each.
+        cases: of every cell.
+    """
+
+    suites: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    cases: int
+
+
+PROFILES = {
+    # Ends within 45 minutes on two cores: short contexts, in which every method has the same to undo.
+    "cpu": Profile(
+        (
+            ("niah", (512, 1024), ()),
+            ("longqa", (512,), ()),
+            ("scenarios", (384,), (64,)),
+            ("chains", (384,), ()),
+            ("sweeps", (1024,), (8, 32, 128, 512)),
+            ("leak", (256,), ()),
+        ),
+        50,
+    )
+}
+
+
+def profile_plans(
+    name: str, cases: int | None = None, dataset: str | None = None
+) -> tuple[tuple[SuitePlan, ...], tuple[LeftOut, ...]]:
+    """The plans of a profile, and the suites of it that can't be measured.
+
+    Args:
+        cases: of every cell instead of the profile's own number.
+        dataset: the questions of `longqa`; None leaves it out.
+
+    Raises:
+        InputError: an unknown profile.
+    """
+    if name not in PROFILES:
+        raise InputError(f"no profile {name!r}: there are {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    plans = [
+        plan_suite(suite, None, lengths, spans or None, cases or profile.cases)
+        for suite, lengths, spans in profile.suites
+        if suite != "longqa" or dataset is not None
+    ]
+    without: tuple[LeftOut, ...] = ()
+    if dataset is None and any(suite == "longqa" for suite, _, _ in profile.suites):
+        without = (LeftOut(Cell("longqa", ALL), "no questions given: name a file or a hub dataset with --dataset"),)
+    return tuple(plans), without

@@ -1,0 +1,59 @@
+"""Writes a report: the figures, and the page that holds them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from kveraser.bench.report.cases import choose
+from kveraser.bench.report.figures import FIGURES, draw
+from kveraser.bench.report.page import make_page
+from kveraser.bench.report.read import Results
+from kveraser.bench.report.style import styles
+from kveraser.errors import InputError
+
+PAGE = "index.html"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a report consists of: its page, the pictures, and how many cases the page shows."""
+
+    page: Path
+    figures: tuple[Path, ...]
+    cases: int
+
+
+def write(results: Results, folder: Path, cases_per_cell: int) -> Written:
+    """Write `index.html` and a PNG a figure into `folder`; figures that an earlier report left there go.
+
+    Raises:
+        InputError: the folder can't be written, or a file of cases can't be read.
+    """
+    looks = styles(results.methods)
+    cases = choose(results.cases, cases_per_cell, results.seed)
+    figures = draw(results, looks)
+    page = make_page(results, looks, figures, cases, cases_per_cell)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in set(FIGURES) - {figure.name for figure in figures}:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+        pictures = tuple(_replace(folder / f"{figure.name}.png", figure.png) for figure in figures)
+        return Written(_replace(folder / PAGE, page.encode("utf-8")), pictures, len(cases))
+    except OSError as error:
+        raise InputError(f"can't write the report to {folder} ({error}): choose another folder") from error
+
+
+def _replace(target: Path, content: bytes) -> Path:
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target

@@ -1,0 +1,201 @@
+"""From single cases to cells: the rows of `kveraser bench quality`, with 95% bootstrap intervals over contexts."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from kveraser.audit import BOOTSTRAP_SAMPLES, fidelity_interval
+from kveraser.bench.case import ALL, Cell
+from kveraser.bench.quality import EXACT, UNERASED
+from kveraser.bench.results import Answered, CaseResult, Question
+
+Key = Mapping[str, Any]
+"""The columns that say which cases a row is of: those of `Cell`, each with its value or `all`."""
+
+AXES = tuple(field.name for field in fields(Cell))
+MARGINS: tuple[tuple[str, ...], ...] = (
+    (), ("suite",), ("suite", "task"), ("suite", "length"), ("suite", "span"), ("suite", "spans"),
+    ("suite", "distance"), ("suite", "depth"),
+)  # fmt: skip
+"""Columns that keep their values in the rows beside those of single cells."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """All cases of one cell, or of a margin, under one method.
+
+    Attributes:
+        key: see `Key`.
+        cases: all of them; `contexts` is how many contexts they stand in, the unit of the bootstrap.
+        questions: those about the span's influence.
+        context_tokens, span_tokens: means of the cases; the cell says what they aim at.
+        em, em_exact, em_unerased: share of judged questions answered right by the edited cache, by the exact reference,
+            and by the cache that nothing was erased from.
+        kl, kl_unerased: nats per answer token on influence questions; `kl_low`, `kl_high` the 95% interval of `kl`.
+        fidelity: 1 - kl / kl_unerased, from sums, with its interval.
+        leak: log-probability per token of the erased text above the exact reference's, in nats.
+        leak_rate: share of greedy answers that give the secret away, minus the exact reference's.
+        no_harm: KL on questions that the span never touched.
+        seconds: median of an erase; `recomputed` mean tokens run.
+    """
+
+    key: Key
+    method: str
+    cases: int
+    contexts: int
+    questions: int
+    context_tokens: float
+    span_tokens: float
+    em: float | None
+    em_exact: float | None
+    em_unerased: float | None
+    kl: float | None
+    kl_low: float | None
+    kl_high: float | None
+    kl_unerased: float | None
+    fidelity: float | None
+    fidelity_low: float | None
+    fidelity_high: float | None
+    leak: float | None
+    leak_rate: float | None
+    no_harm: float | None
+    seconds: float
+    recomputed: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the key's first."""
+        plain = asdict(self)
+        return {**plain.pop("key"), **plain}
+
+
+def rows_of(results: Sequence[CaseResult], seed: int = 0) -> list[Row]:
+    """One row a cell and method, then the margins.
+
+    A margin that would repeat the same cells under fewer names (a suite of one task, an axis of one value) stays: a
+    reader looks rows up by it.
+    """
+    groups: dict[tuple[tuple[str, Any], ...], list[CaseResult]] = defaultdict(list)
+    for result in results:
+        groups[tuple(asdict(result.cell).items())].append(result)
+    for kept in MARGINS:
+        for result in results:
+            cell = asdict(result.cell)
+            groups[tuple((axis, cell[axis] if axis in kept else ALL) for axis in AXES)].append(result)
+    return [
+        _row(dict(key), method, group, seed)
+        for key, group in groups.items()
+        for method in dict.fromkeys(method for result in group for method in result.methods)
+    ]
+
+
+def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
+    group = [result for result in cases if method in result.methods]
+    contexts = list(dict.fromkeys(result.context for result in group))
+    # Cases of one context are no independent draws, so their sums are drawn together.
+    place = {context: number for number, context in enumerate(contexts)}
+    edited, unerased, tokens = ([0.0] * len(contexts) for _ in range(3))
+    influence = 0
+    for result in group:
+        for question, of_method, before, _ in _asked(result, method, "influence"):
+            context = place[result.context]
+            edited[context] += of_method.kl or 0.0
+            unerased[context] += before.kl or 0.0
+            tokens[context] += question.tokens
+            influence += 1
+    low, high = _interval(edited, tokens, seed)
+    fidelity, fidelity_low, fidelity_high = fidelity_interval(edited, unerased, round(sum(tokens)), seed)
+    judged = [answers for result in group for answers in _asked(result, method) if answers[1].correct is not None]
+    leak = [answers for result in group for answers in _asked(result, method, "leak")]
+    untouched = [answers for result in group for answers in _asked(result, method, "no_harm")]
+    return Row(
+        key=key,
+        method=method,
+        cases=len(group),
+        contexts=len(contexts),
+        questions=influence,
+        context_tokens=statistics.fmean(result.context_tokens for result in group),
+        span_tokens=statistics.fmean(result.erased_tokens for result in group),
+        em=_mean(float(bool(of_method.correct)) for _, of_method, _, _ in judged),
+        em_exact=_mean(float(bool(exact.correct)) for *_, exact in judged),
+        em_unerased=_mean(float(bool(before.correct)) for _, _, before, _ in judged),
+        kl=_per_token(edited, tokens),
+        kl_low=low,
+        kl_high=high,
+        kl_unerased=_per_token(unerased, tokens),
+        fidelity=fidelity,
+        fidelity_low=fidelity_low,
+        fidelity_high=fidelity_high,
+        leak=_mean(of_method.log_probability - exact.log_probability for _, of_method, _, exact in leak),
+        leak_rate=_mean(
+            float(of_method.leaked) - float(bool(exact.leaked))
+            for _, of_method, _, exact in leak
+            if of_method.leaked is not None
+        ),
+        no_harm=_per_token(
+            [of_method.kl or 0.0 for _, of_method, _, _ in untouched], [float(one[0].tokens) for one in untouched]
+        ),
+        seconds=statistics.median(result.methods[method].seconds for result in group),
+        recomputed=statistics.fmean(result.methods[method].recomputed for result in group),
+    )
+
+
+def _asked(
+    result: CaseResult, method: str, kind: str | None = None
+) -> list[tuple[Question, Answered, Answered, Answered]]:
+    """The questions of a case: the question, and what the method, the unerased cache and the reference answered."""
+    answers = zip(
+        result.questions,
+        result.methods[method].answers,
+        result.methods[UNERASED].answers,
+        result.methods[EXACT].answers,
+        strict=True,
+    )
+    return [one for one in answers if kind in (None, one[0].kind)]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    collected = list(values)
+    return statistics.fmean(collected) if collected else None
+
+
+def _per_token(sums: Sequence[float], tokens: Sequence[float]) -> float | None:
+    return sum(sums) / sum(tokens) if sum(tokens) else None
+
+
+def _interval(sums: Sequence[float], tokens: Sequence[float], seed: int) -> tuple[float | None, float | None]:
+    """95% bootstrap interval over contexts of the KL per token."""
+    top, bottom = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
+    if not bottom.sum():
+        return None, None
+    picks = np.random.default_rng(seed).integers(0, len(top), size=(BOOTSTRAP_SAMPLES, len(top)))
+    bottoms = bottom[picks].sum(axis=1)
+    samples = top[picks].sum(axis=1)[bottoms > 0] / bottoms[bottoms > 0]
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """Refuse results in which the two references are not what they must be.
+
+    Raises:
+        AssertionError: the exact reference is not at KL 0 and fidelity 1, or the unerased cache not at fidelity 0.
+    """
+    for row in rows:
+        if row.method == EXACT:
+            assert row.kl is None or abs(row.kl) < EXACT_KL, row
+            assert row.fidelity is None or row.fidelity > 1 - EXACT_FIDELITY, row
+        if row.method == UNERASED:
+            assert row.fidelity is None or abs(row.fidelity) < EXACT_FIDELITY, row
+
+
+EXACT_KL = 1e-5
+"""Nats per token: what rounding leaves between a prefill in one go and one in two."""
+EXACT_FIDELITY = 1e-3
+
+__all__ = ["AXES", "Row", "check_rows", "rows_of"]

@@ -1,0 +1,76 @@
+"""Contexts measured one after another in this process, or by several that each hold the backbone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+
+import torch
+
+from kveraser.backbone import Backbone
+from kveraser.bench.case import TokenizedCase, TokenizedContext
+from kveraser.bench.quality import measure_context
+from kveraser.bench.results import CaseResult
+from kveraser.errors import InputError
+from kveraser.methods import Method
+
+Loader: TypeAlias = Callable[[], Backbone]
+"""Loads the backbone in a worker; it can be pickled."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One context with its cases."""
+
+    context: TokenizedContext
+    cases: tuple[TokenizedCase, ...]
+
+
+def measure_all(
+    backbone: Backbone, methods: Sequence[Method], work: Sequence[Work], workers: int = 1, load: Loader | None = None
+) -> Iterator[tuple[Work, list[CaseResult]]]:
+    """Measure every context; results come as they are done, in no order where there are several workers.
+
+    The numbers of a case depend on the threads of one process, not on which process measured it.
+
+    Raises:
+        InputError: fewer than one worker, or several and no way to load the backbone in them.
+    """
+    if workers < 1 or (workers > 1 and load is None):
+        raise InputError(f"workers is {workers}: give at least 1, and a way to load the backbone for more")
+    if workers == 1:
+        for one in work:
+            yield one, measure_context(backbone, one.context, one.cases, methods)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    start = partial(_start, load, tuple(methods), threads)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start)
+    try:
+        waiting: dict[Future[list[CaseResult]], Work] = {pool.submit(_measure, one): one for one in work}
+        while waiting:
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield waiting.pop(future), future.result()
+    finally:
+        # What is stopped half-way stops at once: what is done has been handed over.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+_worker: list[tuple[Backbone, tuple[Method, ...]]] = []
+"""What this process measures with, if it is a worker."""
+
+
+def _start(load: Loader | None, methods: tuple[Method, ...], threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert load is not None
+    _worker.append((load(), methods))
+
+
+def _measure(work: Work) -> list[CaseResult]:
+    backbone, methods = _worker[0]
+    return measure_context(backbone, work.context, work.cases, methods)
