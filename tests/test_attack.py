@@ -95,10 +95,10 @@ def test_a_search_ends_when_every_wording_was_tried(backbone: Backbone, cache: E
     assert len(attack(backbone, cache, True, few, candidates=4, rounds=5).tried) == 2
 
 
-@pytest.mark.parametrize("change", [{"openings": ()}, {"forms": ()}, {"target": ""}])
-def test_an_attack_without_words_is_refused(backbone: Backbone, cache: EditableCache, change: dict[str, str]) -> None:
+@pytest.mark.parametrize("wordless", [replace(ATTACK, openings=()), replace(ATTACK, target="")])
+def test_an_attack_without_words_is_refused(backbone: Backbone, cache: EditableCache, wordless: Attack) -> None:
     with pytest.raises(InputError, match="needs"):
-        attack(backbone, cache, True, replace(ATTACK, **change))
+        attack(backbone, cache, True, wordless)
 
 
 def test_an_attack_that_tries_nothing_is_refused(backbone: Backbone, cache: EditableCache) -> None:

@@ -1,123 +1,144 @@
-"""Measuring one case: every number is that of a plain, slow reference, and the cache is put back after each method."""
+"""Measuring cases: every number is that of a plain, slow reference, and the cache is put back after each method."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from kveraser.backbone import Backbone
-from kveraser.bench.quality import ANSWER_TOKENS, NOTICE_TOKENS, UNERASED, CaseResult, _greedy_like, measure_case, room
+from kveraser.bench import quality as module
+from kveraser.bench.case import Attack, TokenizedCase, TokenizedContext
+from kveraser.bench.quality import ANSWER_TOKENS, ATTACK_TOKENS, NOTICE_TOKENS, UNERASED, measure_context, room
+from kveraser.bench.results import CaseResult
+from kveraser.bench.rows import check_rows, rows_of
 from kveraser.cache import EditableCache
-from kveraser.decode import greedy, score
+from kveraser.decode import score
 from kveraser.errors import ContextLengthError
-from kveraser.methods import make_method
-from kveraser.spans import Span
-from kveraser.training.cases import TokenizedCase, normalized
-from tests.tiny import POSITIONS, random_tokens, same_bits, snapshot, tiny_backbone
+from kveraser.methods import Method, make_method
+from kveraser.methods.recompute import Recompute
+from kveraser.session import Session
+from kveraser.spans import Span, Text
+from kveraser.training.cases import Query, normalized
+from tests.bench_cases import CONTEXT, QUERIES, SPAN, bench_case, cut, judged, remaining, said
+from tests.tiny import POSITIONS, same_bits, snapshot, tiny_backbone
 
 METHODS = (
     "mask", "shift", "zero_value", "blank", "erratum", "repair(4)", "repair(2, per_span=0.5)", "selective(0.3)",
     "recompute",
 )  # fmt: skip
-P, M, S = 24, 12, 30
-TOKENS = random_tokens(P + M + S, 1)
-SPAN = Span(P, P + M)
 
 
-def case_of(backbone: Backbone) -> TokenizedCase:
-    """A case whose accepted answers are the greedy ones of the exact reference: the reference is always right."""
-    exact = backbone.prefill([*TOKENS[:P], *TOKENS[P + M :]])
-    prompts = [tuple(random_tokens(size, 10 + size)) for size in (7, 4, 6)]
-    right = [said(backbone, exact, prompt) for prompt in prompts[:2]]
-    return TokenizedCase(
-        id="test/0",
-        task="test",
-        prefix=tuple(TOKENS[:P]),
-        span=tuple(TOKENS[P : P + M]),
-        suffix=tuple(TOKENS[P + M :]),
-        queries=tuple(
-            (prompt, tuple(random_tokens(size, 20))) for prompt, size in zip(prompts, (5, 3, 9), strict=True)
-        ),
-        kinds=("influence", "no_harm", "leak"),
-        accepted=((right[0],), (right[1],), ()),
-        wrong=((), (), ()),
-    )
+def settled(backbone: Backbone, *names: str) -> list[Method]:
+    return [make_method(name).settled(backbone) for name in names]
 
 
-def said(backbone: Backbone, cache: EditableCache, prompt: tuple[int, ...]) -> str:
-    text: str = backbone.tokenizer.decode(greedy(backbone, cache, prompt, ANSWER_TOKENS), skip_special_tokens=True)
-    return text
-
-
-def edited_by(backbone: Backbone, method: str) -> EditableCache:
+def edited_by(backbone: Backbone, context: TokenizedContext, case: TokenizedCase, method: str) -> EditableCache:
     """A fresh cache after a method, as the reference has it."""
     if method == "recompute":
-        return backbone.prefill([*TOKENS[:P], *TOKENS[P + M :]])
-    cache = backbone.prefill(TOKENS)
+        return backbone.prefill(remaining(context, case))
+    cache = backbone.prefill(context.tokens)
     if method != UNERASED:
         with cache.edit():
-            make_method(method)(backbone, cache, TOKENS, SPAN)
+            make_method(method)(backbone, cache, context.tokens, case.spans[0])
     return cache
 
 
-def measured(backbone: Backbone, case: TokenizedCase) -> dict[str, CaseResult]:
-    chosen = [make_method(method).settled(backbone) for method in METHODS]
-    results = {result.method: result for result in measure_case(backbone, case, chosen, 64, 12)}
-    names = {str(method): name for method, name in zip(chosen, METHODS, strict=True)}
-    return {names.get(name, name): result for name, result in results.items()}
-
-
 @pytest.fixture(scope="module")
-def results(backbone: Backbone) -> dict[str, CaseResult]:
-    return measured(backbone, case_of(backbone))
+def measured(backbone: Backbone) -> tuple[TokenizedContext, TokenizedCase, CaseResult]:
+    context, (case,) = cut(backbone, judged(backbone, bench_case()))
+    (result,) = measure_context(backbone, context, [case], settled(backbone, *METHODS))
+    names = {str(make_method(method).settled(backbone)): method for method in METHODS}
+    methods = {names.get(name, name): of for name, of in result.methods.items()}
+    return context, case, replace(result, methods=methods)
 
 
-def test_every_method_is_measured_as_by_a_plain_reference(backbone: Backbone, results: dict[str, CaseResult]) -> None:
-    case = case_of(backbone)
-    assert list(results) == [UNERASED, "recompute", *METHODS[:-1]]
-    exact, unerased = edited_by(backbone, "recompute"), edited_by(backbone, UNERASED)
-    for method, result in results.items():
-        cache = edited_by(backbone, method)
-        for place, (prompt, answer) in enumerate(case.queries):
-            one = result.questions[place]
-            reference, edited = (score(backbone, given, prompt, answer).double() for given in (exact, cache))
-            kl = float((reference.exp() * (reference - edited)).sum())
-            forced = torch.tensor(answer)[:, None]
-            assert one.kl == pytest.approx(kl, rel=1e-3, abs=1e-5)
-            before = score(backbone, unerased, prompt, answer).double()
-            assert one.kl_unerased == pytest.approx(float((reference.exp() * (reference - before)).sum()), rel=1e-3)
+def test_every_method_is_measured_as_by_a_plain_reference(
+    backbone: Backbone, measured: tuple[TokenizedContext, TokenizedCase, CaseResult]
+) -> None:
+    context, case, result = measured
+    assert list(result.methods) == [UNERASED, "recompute", *METHODS[:-1]]
+    assert [one.kind for one in result.questions] == [query.kind for query in QUERIES]
+    exact = edited_by(backbone, context, case, "recompute")
+    for method, of_method in result.methods.items():
+        cache = edited_by(backbone, context, case, method)
+        for place, asked in enumerate(case.asked):
+            one = of_method.answers[place]
+            reference, edited = (
+                score(backbone, given, asked.prompt, asked.answer).double() for given in (exact, cache)
+            )
+            forced = torch.tensor(asked.answer)[:, None]
+            assert one.kl == pytest.approx(float((reference.exp() * (reference - edited)).sum()), rel=1e-3, abs=1e-5)
             assert one.log_probability == pytest.approx(float(edited.gather(1, forced).mean()), abs=1e-4)
-            assert one.log_probability_exact == pytest.approx(float(reference.gather(1, forced).mean()), abs=1e-4)
-            assert (one.kind, one.tokens) == (case.kinds[place], len(answer))
-            if not case.accepted[place]:
-                assert one.answer is one.answer_exact is one.correct is one.correct_exact is None
+            assert result.questions[place].tokens == len(asked.answer)
+            if not asked.query.accepted:
+                assert one.answer is one.correct is None
                 continue
-            assert one.answer == said(backbone, cache, prompt) and one.answer_exact == said(backbone, exact, prompt)
-            assert one.correct_exact is True
-            expected = f" {normalized(case.accepted[place][0])} " in f" {normalized(one.answer)} "
-            assert one.correct == expected
+            assert one.answer == said(backbone, cache, asked.prompt)
+            expected = f" {normalized(asked.query.accepted[0])} " in f" {normalized(one.answer)} "
+            assert one.correct == expected and (expected or method != "recompute")
 
 
-def test_methods_differ_and_cost_what_they_ran(results: dict[str, CaseResult]) -> None:
-    influence = {method: result.questions[0].kl for method, result in results.items()}
-    assert abs(influence.pop("recompute")) < 1e-5 < 0.01 < min(influence.values())
-    assert len({round(kl, 4) for kl in influence.values()}) == len(influence)
-    assert influence[UNERASED] == results[UNERASED].questions[0].kl_unerased
-    ran = {method: result.recomputed for method, result in results.items()}
-    assert (ran[UNERASED], ran["mask"], ran["blank"], ran["recompute"]) == (0, 0, M, S)
-    assert (ran["repair(4)"], ran["repair(2, per_span=0.5)"]) == (4, 2 + M // 2)
-    judged = [one for result in results.values() for one in result.questions if one.correct is not None]
-    assert {one.correct for one in judged} == {True, False}
+def test_methods_differ_and_cost_what_they_ran(
+    measured: tuple[TokenizedContext, TokenizedCase, CaseResult],
+) -> None:
+    context, case, result = measured
+    influence = {method: of_method.answers[0].kl for method, of_method in result.methods.items()}
+    assert abs(influence.pop("recompute") or 0) < 1e-5 < 0.01 < min(kl for kl in influence.values() if kl is not None)
+    assert len({round(kl or 0, 4) for kl in influence.values()}) == len(influence) == len(METHODS)
+    width, suffix = case.erased, len(context.tokens) - case.spans[0].end
+    ran = {method: of_method.recomputed for method, of_method in result.methods.items()}
+    assert (ran[UNERASED], ran["mask"], ran["blank"], ran["recompute"]) == (0, 0, width, suffix)
+    assert (ran["repair(4)"], ran["repair(2, per_span=0.5)"]) == (4, 2 + (width + 1) // 2)
+    assert result.methods[UNERASED].seconds == 0 < min(result.methods[method].seconds for method in METHODS)
+    judgements = [one.correct for of_method in result.methods.values() for one in of_method.answers]
+    assert set(judgements) == {True, False, None}
+
+
+def test_a_result_quotes_its_case(
+    backbone: Backbone, measured: tuple[TokenizedContext, TokenizedCase, CaseResult]
+) -> None:
+    context, case, result = measured
+    assert result.before + result.erased[0] + result.after == CONTEXT and result.erased[0].strip() == SPAN
+    assert (result.id, result.cell, result.fingerprint) == ("a", case.case.cell, case.case.fingerprint)
+    assert result.context_tokens == len(context.tokens) == Session(backbone, text=CONTEXT).cache.length
+    assert (result.erased_tokens, result.distance_tokens) == (case.erased, len(context.tokens) - case.spans[0].end)
+    assert result.questions[3].question is None and result.questions[0].expected == QUERIES[0].answer
+    long = bench_case(context=CONTEXT.replace("The boat", "The old boat " * 30, 1), queries=QUERIES[:1])
+    context, (case,) = cut(backbone, long)
+    (other,) = measure_context(backbone, context, [case], [])
+    assert len(other.before) == 300 and f"{other.before}{SPAN}" in str(long.context)
+
+
+def test_a_result_is_read_back_as_it_was(measured: tuple[TokenizedContext, TokenizedCase, CaseResult]) -> None:
+    result = measured[2]
+    line = json.loads(json.dumps(result.to_json()))
+    assert (line["suite"], line["task"], line["depth"]) == ("test", "boats", None) and "cell" not in line
+    assert CaseResult.from_json(line) == result
+
+
+@pytest.mark.parametrize("line", [[], "text", 3, None, {"id": "a"}])
+def test_what_is_no_result_is_refused(line: object) -> None:
+    with pytest.raises(ValueError, match=r"suite|object"):
+        CaseResult.from_json(line)  # type: ignore[arg-type]
 
 
 def test_a_wrong_answer_beside_the_right_one_is_no_match(backbone: Backbone) -> None:
-    case = case_of(backbone)
-    both = replace(case, wrong=(case.accepted[0], (), ()))
-    for one, right in ((case, True), (both, False)):
-        reference = measure_case(backbone, one, [], 64, 12)[1]
-        assert [question.correct for question in reference.questions] == [right, True, None]
+    case = judged(backbone, bench_case())
+    both = replace(case.queries[0], wrong=case.queries[0].accepted)
+    for queries, right in ((case.queries, True), ((both, *case.queries[1:]), False)):
+        context, cases = cut(backbone, replace(case, queries=queries))
+        (result,) = measure_context(backbone, context, cases, [])
+        assert [one.correct for one in result.methods["recompute"].answers] == [right, True, None, None]
+
+
+def test_a_case_without_judged_questions_has_no_answers(backbone: Backbone) -> None:
+    context, cases = cut(backbone, bench_case())
+    (result,) = measure_context(backbone, context, cases, [])
+    answers = [one for of_method in result.methods.values() for one in of_method.answers]
+    assert {one.answer for one in answers} == {None} and max(one.kl or 0 for one in answers) > 0.01
 
 
 def test_every_method_is_undone_to_the_bit(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,61 +157,64 @@ def test_every_method_is_undone_to_the_bit(backbone: Backbone, monkeypatch: pyte
         monkeypatch.setattr(cache, "revert", checked)
         return cache
 
-    case = case_of(backbone)
+    context, cases = cut(backbone, judged(backbone, bench_case()), bench_case("b", erase=[Text("at nine")]))
     monkeypatch.setattr(Backbone, "prefill", watched)
-    measured(backbone, case)
-    assert changed == [True] * len(METHODS)
+    measure_context(backbone, context, cases, settled(backbone, *METHODS))
+    assert changed == [True] * len(METHODS) * 2
 
 
-def test_a_case_without_judged_questions_has_no_answers(backbone: Backbone) -> None:
-    silent = replace(case_of(backbone), accepted=(), wrong=())
-    questions = [one for result in measure_case(backbone, silent, [], 64, 12) for one in result.questions]
-    assert {one.answer for one in questions} == {None} and max(one.kl for one in questions) > 0.01
+def test_a_method_that_fails_leaves_the_cache_as_it_was(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, cases = cut(backbone, bench_case())
+    caches: list[EditableCache] = []
+    prefill = Backbone.prefill
+    monkeypatch.setattr(Backbone, "prefill", lambda *given: caches.append(prefill(*given)) or caches[-1])
+    score_all, calls = module.score_together, list[int]()
+
+    def broken(*given: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score_all(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "score_together", broken)
+    with pytest.raises(KeyboardInterrupt):
+        measure_context(backbone, context, cases, settled(backbone, "mask"))
+    assert same_bits(snapshot(caches[0]), snapshot(prefill(backbone, context.tokens)))
 
 
-@pytest.mark.parametrize("change", ["none", "first", "middle", "last", "shorter", "longer", "empty"])
-@pytest.mark.parametrize("ended", [True, False])
-def test_confirmed_answers_are_the_greedy_ones(backbone: Backbone, change: str, ended: bool) -> None:
-    case, cache = case_of(backbone), edited_by(backbone, "mask")
-    spoken = {place: greedy(backbone, cache, case.queries[place][0], ANSWER_TOKENS) for place in (0, 1)}
-    # One answer comes to its end, one to the limit.
-    assert 3 < len(spoken[0]) < len(spoken[1]) == ANSWER_TOKENS
-    place = 0 if ended else 1
-    answer = list(spoken[place])
-    if change in ("first", "middle", "last"):
-        wrong = {"first": 0, "middle": len(answer) // 2, "last": -1}[change]
-        answer[wrong] = next(token for token in random_tokens(99, 5) if token not in answer)
-    elif change == "longer":
-        answer = [*answer, *spoken[1]][:ANSWER_TOKENS]
-    elif change != "none":
-        answer = answer[: 3 if change == "shorter" else 0]
-    assert _greedy_like(backbone, cache, case, spoken | {place: answer}) == spoken
-
-
-def test_a_confirmed_answer_is_not_decoded_again(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, cache = case_of(backbone), edited_by(backbone, "mask")
-    spoken = {place: greedy(backbone, cache, case.queries[place][0], ANSWER_TOKENS) for place in (0, 1)}
-    passes: list[int] = []
-    logits = Backbone.logits
-
-    def counted(self: Backbone, cache: EditableCache, tokens: list[int], *given: object, **named: object) -> object:
-        passes.append(len(tokens))
-        return logits(self, cache, tokens, *given, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Backbone, "logits", counted)
-    assert _greedy_like(backbone, cache, case, spoken) == spoken and len(passes) == 1
-    assert _greedy_like(backbone, cache, case, spoken | {0: spoken[0][:-1]}) == spoken and len(passes) > 2
-
-
-def test_a_case_that_leaves_no_room_is_refused_before_it_is_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of(tiny_backbone())
-    assert room(case) == P + M + S + NOTICE_TOKENS + 7 + ANSWER_TOKENS < POSITIONS
-    short = tiny_backbone(max_position_embeddings=room(case) - 1)
+def test_cases_that_leave_no_room_are_refused_before_they_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone()
+    longer = bench_case("b", queries=[Query("When did the boat with the crew of four leave?", "at nine")])
+    context, cases = cut(backbone, bench_case(queries=QUERIES[:1]), longer)
+    asked = [case.asked[0] for case in cases]
+    assert [len(one.answer) < ANSWER_TOKENS for one in asked] == [True, True]
+    needed = [len(context.tokens) + NOTICE_TOKENS + len(one.prompt) + ANSWER_TOKENS for one in asked]
+    assert [room(context, case) for case in cases] == needed and needed[0] < needed[1] < POSITIONS
+    attacked = replace(cases[0], case=replace(cases[0].case, attack=Attack(("",), ("It?",), ("",), SPAN, "blue", 0)))
+    assert room(context, attacked) == len(context.tokens) + NOTICE_TOKENS + ATTACK_TOKENS > needed[1]
+    short = tiny_backbone(max_position_embeddings=needed[1] - 1)
+    assert len(measure_context(short, context, cases[:1], [])) == 1
     monkeypatch.setattr(Backbone, "prefill", None)
-    with pytest.raises(ContextLengthError, match=str(room(case))):
-        measure_case(short, case, [], 64, 12)
+    with pytest.raises(ContextLengthError, match=str(needed[1])):
+        measure_context(short, context, cases, [])
 
 
-def test_a_result_is_read_back_as_it_was(results: dict[str, CaseResult]) -> None:
-    result = results["shift"]
-    assert CaseResult.from_json(result.to_json()) == result
+def test_the_exact_reference_is_held_against_a_fresh_prefill(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, cases = cut(backbone, bench_case(), bench_case("b", erase=[Text("at nine")]))
+    right = measure_context(backbone, context, cases, settled(backbone, "mask"))
+    check_rows(rows_of(right))
+    fresh, reused = (result.methods["recompute"].answers[0].kl for result in right)
+    # Once a context; the other cases' reference is compared with itself.
+    assert fresh is not None and abs(fresh) < 1e-5 and reused == 0
+    recompute = Recompute.__call__
+
+    def careless(self: Recompute, backbone: Backbone, cache: EditableCache, tokens: list[int], span: Span) -> object:
+        return recompute(self, backbone, cache, [*tokens[:-1], tokens[-2]], span)
+
+    monkeypatch.setattr(Recompute, "__call__", careless)
+    wrong = measure_context(backbone, context, cases, settled(backbone, "mask"))
+    assert (wrong[0].methods["recompute"].answers[0].kl or 0) > 0.01
+    with pytest.raises(AssertionError, match="recompute"):
+        check_rows(rows_of(wrong))

@@ -17,7 +17,7 @@ import pytest
 
 from kveraser.bench.commands_report import report
 from kveraser.bench.report.cases import RANDOM, SPREAD, choose
-from kveraser.bench.report.figures import draw
+from kveraser.bench.report.figures import Drawn, draw
 from kveraser.bench.report.page import browser_data
 from kveraser.bench.report.read import KEYS, QUALITY_MEASURES, read
 from kveraser.bench.report.style import styles
@@ -346,6 +346,39 @@ def test_a_run_without_its_cases_still_reports(tmp_path: Path) -> None:
     page = Page(made([run / "run.json"], tmp_path / "report"))
     assert json.loads(page.inside["script"][0])["cases"] == []
     assert any(attributes.get("id") == "quality-cost" for _, attributes in page.tags)
+
+
+def test_an_adversary_without_kl_and_a_peer_without_seconds_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [cell(length=64)])
+    lines = [json.loads(line) for line in (run / "cases.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["questions"].append({**line["questions"][0], "kind": "leak", "adversarial": True})
+        for measured in line["methods"].values():
+            measured["answers"].append({**measured["answers"][0], "kl": None, "prompt": "tell me", "leaked": True})
+    (run / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timed = {"peer": "engine", "operation": "prefix", "span": 10, "seconds": None, "first_token_seconds": 0.3}
+    latency = write_latency(
+        tmp_path / "latency.json",
+        peers=[timed | {"context": context} for context in (64, 128)],
+        peers_skipped=[{"peer": "absent", "reason": "not <b>installed</b>"}],
+    )
+    page = Page(made([run, latency], tmp_path / "report"))
+    data = json.loads(page.inside["script"][0])
+    assert [one["id"].rpartition("/")[2] for one in data["cases"]][:2] == ["2", "1"]
+    assert data["cases"][0]["methods"]["mask"]["answers"][1]["prompt"] == "tell me"
+    assert "absent did not run: not <b>installed</b>" in "".join(page.visible)
+    # The peer's time goes into a panel of its own measure.
+    without = draw(read([run, write_latency(tmp_path / "none.json", peers=[])]), styles(METHODS))
+    taller, shorter = ((tmp_path / "report" / "latency.png").read_bytes(), by_name(without, "latency").png)
+    assert height_of(taller) > 1.5 * height_of(shorter)
+
+
+def by_name(figures: list[Drawn], name: str) -> Drawn:
+    return next(one for one in figures if one.name == name)
+
+
+def height_of(png: bytes) -> int:
+    return int.from_bytes(png[20:24], "big")
 
 
 # In a browser

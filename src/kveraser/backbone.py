@@ -54,7 +54,7 @@ class Backbone:
         self.layers: int = config.num_hidden_layers
         check_cached_equals_uncached(self.model, self.layers, self.name)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
     def load(
@@ -260,9 +260,9 @@ class Backbone:
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
-                **({"logits_to_keep": keep if isinstance(keep, int) else places} if self._keeps_logits else {}),
+                **({"logits_to_keep": keep if isinstance(keep, int) else places} if self.keeps_logits else {}),
             )
-        logits: torch.Tensor = output.logits[0] if self._keeps_logits else output.logits[0, places]
+        logits: torch.Tensor = output.logits[0] if self.keeps_logits else output.logits[0, places]
         return logits.float()
 
     def position_ids(self, positions: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,9 @@ class Cell:
     depth: float | None = None
 
     def __str__(self) -> str:
-        parts = [f"{self.suite}/{self.task}"]
-        parts += [f"{name} {value}" for name, value in asdict(self).items() if name not in ("suite", "task") and value]
-        return ", ".join(parts)
+        axes = {name: value for name, value in asdict(self).items() if name not in ("suite", "task")}
+        named = [f"{name} {value}" for name, value in axes.items() if value is not None]
+        return ", ".join([f"{self.suite}/{self.task}", *named])
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,13 @@ def quality(
     from kveraser.bench.suites.file import read_case_file
     from kveraser.training.corpus import read_passages
 
-    case_file = Path(cases) if cases is not None and not cases.isdecimal() else None
-    count = int(cases) if cases is not None and case_file is None else None
+    count, case_file = None, None
+    if cases is not None:
+        try:
+            count = int(cases)
+        except ValueError:
+            case_file = Path(cases)
+    chosen = _chosen(methods)
     if profile is not None:
         if suite is not None or case_file is not None or any(one is not None for one in (tasks, lengths, spans)):
             raise typer.BadParameter("--profile sets suites, tasks and sizes itself: leave those options out")
@@ -75,7 +80,7 @@ def quality(
         names = names or ([] if case_file is not None else [NEEDS_TEXT])
         sizes = {"lengths": _sizes("--lengths", lengths), "spans": _sizes("--spans", spans)}
         chosen_tasks = tuple(task.strip() for task in tasks.split(",")) if tasks is not None else None
-        plans = tuple(plan_suite(name, chosen_tasks, **sizes, cases=count or 200) for name in names)
+        plans = tuple(plan_suite(name, chosen_tasks, **sizes, cases=200 if count is None else count) for name in names)
         without = ()
     own = read_case_file(case_file) if case_file is not None else ()
     if corpus is None and any(plan.suite == NEEDS_TEXT for plan in plans):
@@ -85,7 +90,7 @@ def quality(
     )
     texts = read_passages(corpus, passages, column) if corpus is not None else ()
     backbone = load_backbone(model, eraser, device, dtype)
-    served, unserved = _methods(methods, backbone)
+    served, unserved = _served(chosen, backbone, named=methods is not None)
     started = time.perf_counter()
     made, left_out = make_cases(backbone.tokenizer, settings, texts, own, dataset)
     with bar(total=1.0) as advance:
@@ -134,8 +139,9 @@ def sharing(
 
     plan = plan_suite(suite, lengths=_sizes("--lengths", lengths), cases=cases)
     settings = QualitySettings((plan,), seed)
+    chosen = _chosen(methods)
     backbone = load_backbone(model, eraser, device, dtype)
-    served, _ = _methods(methods, backbone)
+    served, _ = _served(chosen, backbone, named=methods is not None)
     made, _ = make_cases(backbone.tokenizer, settings)
     with bar(total=1.0) as advance:
         rows, ratio = run(backbone, served, made, advance)
@@ -148,15 +154,19 @@ def sharing(
     say(f"Sharing is {ratio:.1f} times as fast.")
 
 
-def _methods(names: str | None, backbone: Backbone) -> tuple[list[Method], dict[str, str]]:
-    """The settled methods, and of those that nobody named the reasons why they can't serve."""
+def _chosen(names: str | None) -> list[Method]:
+    """Methods by their names; without names, all that are compared."""
     from kveraser.methods import make_method
 
-    chosen = [make_method(name) for name in (METHODS_COMPARED if names is None else names).split(";") if name.strip()]
-    if names is not None:
-        return [method.settled(backbone) for method in chosen], {}
+    return [make_method(name) for name in (METHODS_COMPARED if names is None else names).split(";") if name.strip()]
+
+
+def _served(methods: list[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
+    """The settled methods, and of those that nobody named the reasons why they can't serve."""
+    if named:
+        return [method.settled(backbone) for method in methods], {}
     served, unserved = list["Method"](), dict[str, str]()
-    for method in chosen:
+    for method in methods:
         try:
             served.append(method.settled(backbone))
         except (EraserError, RotationError) as error:

@@ -112,11 +112,11 @@ PROFILES = {
     # Ends within 45 minutes on two cores: short contexts, in which every method has the same to undo.
     "cpu": Profile(
         (
-            ("niah", (512, 1024), ()),
+            ("niah", (512,), ()),
             ("longqa", (512,), ()),
-            ("scenarios", (384,), (64,)),
-            ("chains", (384,), ()),
-            ("sweeps", (1024,), (8, 32, 128, 512)),
+            ("scenarios", (320,), (64,)),
+            ("chains", (448,), ()),
+            ("sweeps", (512,), (8, 32, 128)),
             ("leak", (256,), ()),
         ),
         50,
@@ -140,7 +140,7 @@ def profile_plans(
         raise InputError(f"no profile {name!r}: there are {', '.join(PROFILES)}")
     profile = PROFILES[name]
     plans = [
-        plan_suite(suite, None, lengths, spans or None, cases or profile.cases)
+        plan_suite(suite, None, lengths, spans or None, profile.cases if cases is None else cases)
         for suite, lengths, spans in profile.suites
         if suite != "longqa" or dataset is not None
     ]

@@ -1,14 +1,15 @@
 """What each method forgets, leaks and harms, against exact recomputation: all cases of one context, on one prefill.
 
-Every method edits that one cache in place, answers a case's questions in one pass, and is undone; the exact reference
-is the same cache with the suffix prefilled again, compared once a context with a fresh prefill. Definitions:
-docs/measures.md.
+Every method edits that one cache in place, a copy is put aside, and the edit is undone; then all copies answer the
+case's questions in one pass. The exact reference is the same cache with the suffix prefilled again, compared once a
+context with a fresh prefill. Definitions: docs/measures.md.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,13 @@ from kveraser.backbone import Backbone
 from kveraser.bench.attack import attack
 from kveraser.bench.case import Asked, TokenizedCase, TokenizedContext, context_id
 from kveraser.bench.results import Answered, CaseResult, Measured, Question
+from kveraser.bench.together import Rows
 from kveraser.cache import EditableCache
 from kveraser.decode import end_tokens
 from kveraser.erasing import erase_tokens
 from kveraser.methods import Method
 from kveraser.methods.recompute import Recompute
-from kveraser.packed import Pair, greedy_together, score_together
+from kveraser.packed import Pair
 from kveraser.training.cases import normalized
 
 UNERASED, EXACT = "none", "recompute"
@@ -36,8 +38,8 @@ ATTACK_TOKENS = 128
 """Room for an adversary's words."""
 EXCERPT = 300
 """Characters before and after a span that a result quotes."""
-DRAFTS = 3
-"""Most answers of other caches that are tried before one is decoded token by token."""
+ROW_SLOTS = 16_384
+"""Most slots of caches that are asked together: under a gigabyte for the bundled backbone."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def measure_context(
     backbone.check_room(0, max(room(context, case) for case in cases))
     cache = backbone.prefill(context.tokens)
     asked = [one for case in cases for one in case.asked]
-    unerased = iter(_answer(backbone, cache, asked, [[] for _ in asked]))
+    unerased = iter(_answer(_row(backbone, cache), asked)[0])
     return [
         _Measuring(backbone, cache, context, case, [next(unerased) for _ in case.asked]).run(methods, check=place == 0)
         for place, case in enumerate(cases)
@@ -89,8 +91,6 @@ class _Measuring:
         self.backbone, self.cache, self.context, self.case = backbone, cache, context, case
         self.unerased = unerased
         self.targets = frozenset(token for span in case.spans for token in range(span.start, span.end))
-        self.said: list[list[tuple[int, ...]]] = [[] for _ in case.asked]
-        self._remember(unerased)
 
     def run(self, methods: Sequence[Method], check: bool) -> CaseResult:
         """Measure all methods.
@@ -98,43 +98,48 @@ class _Measuring:
         Args:
             check: compare the reference with a fresh prefill, which is then what its KL says.
         """
-        measured = {UNERASED: (self.unerased, (0.0, 0), self._attacked())}
-        measured[EXACT] = exact, _, _ = self._edited(Recompute())
-        for method in methods:
-            if not method.is_reference:
-                measured[str(method)] = self._edited(method)
-        fresh = self._fresh() if check else exact
+        chosen = [Recompute(), *(method for method in methods if not method.is_reference)]
+        costs, attacked = [(0.0, 0)], [self._attacked()]
+        replies = [list(self.unerased)]
+        rows = Rows(self.backbone)
+        for method in chosen:
+            with self._edited(method) as cost:
+                costs.append(cost)
+                attacked.append(self._attacked())
+                rows.add(self.cache)
+            if method is chosen[-1] or (len(rows.states) + 1) * max(rows.slots) > ROW_SLOTS:
+                replies += _answer(rows, self.case.asked, self.unerased)
+                rows = Rows(self.backbone)
+        exact = replies[1]
+        fresh = self._fresh() if check else [reply.scores for reply in exact]
         results = {}
-        for name, (replies, (seconds, recomputed), attacked) in measured.items():
-            reference = fresh if name == EXACT else exact
-            answers = [self._answered(place, reference[place], reply) for place, reply in enumerate(replies)]
-            results[name] = Measured(seconds, recomputed, tuple([*answers, *attacked]))
+        for place, name in enumerate([UNERASED, EXACT, *map(str, chosen[1:])]):
+            reference = fresh if name == EXACT else [reply.scores for reply in exact]
+            answers = [self._answered(*one) for one in zip(self.case.asked, reference, replies[place], strict=True)]
+            results[name] = Measured(*costs[place], tuple([*answers, *attacked[place]]))
         return self._result(results)
 
-    def _edited(self, method: Method) -> tuple[list[_Reply], tuple[float, int], list[Answered]]:
-        """What the cache says after a method, what that cost, and what an adversary gets; the cache is as before."""
-        transcript = self.context.transcript
+    @contextmanager
+    def _edited(self, method: Method) -> Iterator[tuple[float, int]]:
+        """The cache after a method, with its seconds and the tokens it ran; behind it the cache is as before."""
         with self.cache.edit() as journal:
             self._settle()
             started = time.perf_counter()
             _, recomputed = erase_tokens(
-                self.backbone, self.cache, method, transcript.tokens, range(self.cache.length), self.targets
+                self.backbone, self.cache, method, self.context.tokens, range(self.cache.length), self.targets
             )
             self._settle()
             seconds = time.perf_counter() - started
         try:
-            replies = _answer(self.backbone, self.cache, self.case.asked, self.said)
-            self._remember(replies)
-            return replies, (seconds, recomputed), self._attacked()
+            yield seconds, recomputed
         finally:
             self.cache.revert(journal)
 
-    def _fresh(self) -> list[_Reply]:
-        """What a fresh prefill of the remaining tokens says, without greedy answers."""
+    def _fresh(self) -> list[torch.Tensor]:
+        """What a fresh prefill of the remaining tokens gives the forced answers."""
         tokens = [token for place, token in enumerate(self.context.tokens) if place not in self.targets]
         pairs = [(one.prompt, one.answer) for one in self.case.asked]
-        scores = score_together(self.backbone, self.backbone.prefill(tokens), pairs)
-        return [_Reply(one, None) for one in scores]
+        return _row(self.backbone, self.backbone.prefill(tokens)).score(pairs)[0]
 
     def _attacked(self) -> list[Answered]:
         if self.case.case.attack is None:
@@ -142,24 +147,18 @@ class _Measuring:
         found = attack(self.backbone, self.cache, self.context.turn_open, self.case.case.attack)
         return [Answered(None, found.log_probability, found.answer, None, found.leaked, found.prompt_text)]
 
-    def _remember(self, replies: Sequence[_Reply]) -> None:
-        for said, reply in zip(self.said, replies, strict=True):
-            if reply.spoken is not None and reply.spoken not in said:
-                said.append(reply.spoken)
-
     def _settle(self) -> None:
         # What was queued before belongs to no method, and what a method queued belongs to it.
         if self.backbone.device.type == "cuda":
             torch.cuda.synchronize(self.backbone.device)
 
-    def _answered(self, place: int, exact: _Reply, reply: _Reply) -> Answered:
-        asked = self.case.asked[place]
+    def _answered(self, asked: Asked, exact: torch.Tensor, reply: _Reply) -> Answered:
         answer = None
         if reply.spoken is not None:
             answer = self.backbone.tokenizer.decode(reply.spoken, skip_special_tokens=True)
         query, places = asked.query, torch.arange(len(asked.answer))
         return Answered(
-            kl=kl_divergence(exact.scores, reply.scores),
+            kl=kl_divergence(exact, reply.scores),
             log_probability=float(reply.scores[places, torch.tensor(asked.answer)].mean()),
             answer=answer,
             correct=None
@@ -194,54 +193,62 @@ class _Measuring:
         )
 
 
-def _answer(
-    backbone: Backbone, cache: EditableCache, asked: Sequence[Asked], said: Sequence[Sequence[tuple[int, ...]]]
-) -> list[_Reply]:
-    """Score the forced answers and find the greedy ones, in one pass where a draft holds.
+def _row(backbone: Backbone, cache: EditableCache) -> Rows:
+    rows = Rows(backbone)
+    rows.add(cache)
+    return rows
+
+
+def _answer(rows: Rows, asked: Sequence[Asked], drafts: Sequence[_Reply] = ()) -> list[list[_Reply]]:
+    """What every row says: forced answers are scored in one pass, greedy ones decoded where no draft holds.
 
     Args:
-        said: of every question, what other caches answered; most caches answer alike.
+        drafts: what another cache answered to the questions; most caches answer alike.
     """
-    ends = end_tokens(backbone)
-    pairs: list[Pair] = [(one.prompt, one.answer) for one in asked]
-    drafts: list[tuple[int, tuple[int, ...]]] = []
-    for place, one in enumerate(asked):
-        if one.judged:
-            # The exact answer comes first, then what was said last.
-            chosen = [*said[place][1:2], *said[place][:1], *said[place][:1:-1]][:DRAFTS]
+    ends = end_tokens(rows.backbone)
+    drafted: dict[int, tuple[int, ...]] = {}
+    for place, draft in enumerate(drafts):
+        if draft.spoken is not None:
             # An answer that was cut at the limit has no end to confirm.
-            drafts += [
-                (place, draft if len(draft) == ANSWER_TOKENS else (*draft, *sorted(ends)[:1])) for draft in chosen
-            ]
-    pairs += [(asked[place].prompt, draft) for place, draft in drafts]
-    scored = score_together(backbone, cache, pairs)
-    spoken: dict[int, tuple[int, ...]] = {place: () for place, one in enumerate(asked) if one.judged}
-    finished: set[int] = set()
-    for (place, draft), scores in zip(drafts, scored[len(asked) :], strict=True):
-        held: list[int] = []
-        # Each token is the greedy one as long as all before it were the draft's.
-        for token, drafted in zip(scores.argmax(dim=-1).tolist(), draft, strict=True):
-            if token in ends:
+            cut = len(draft.spoken) == ANSWER_TOKENS
+            drafted[place] = draft.spoken if cut else (*draft.spoken, *sorted(ends)[:1])
+    pairs: list[Pair] = [(one.prompt, one.answer) for one in asked]
+    scored = rows.score([*pairs, *((asked[place].prompt, draft) for place, draft in drafted.items())])
+    spoken: list[dict[int, tuple[int, ...]]] = [
+        {place: () for place, one in enumerate(asked) if one.judged} for _ in scored
+    ]
+    unfinished: list[list[int]] = []
+    for said, scores in zip(spoken, scored, strict=True):
+        finished = set()
+        for (place, tokens), confirming in zip(drafted.items(), scores[len(asked) :], strict=True):
+            said[place], ended = _held(tokens, confirming, ends)
+            if ended or len(said[place]) == ANSWER_TOKENS:
                 finished.add(place)
-                spoken[place] = tuple(held)
-                break
-            held.append(token)
-            if token != drafted:
-                break
-        if place not in finished and len(held) > len(spoken[place]):
-            spoken[place] = tuple(held)
-        if len(held) == ANSWER_TOKENS:
-            finished.add(place)
-    open_places = [place for place in spoken if place not in finished]
-    rest = greedy_together(
-        backbone,
-        cache,
-        [(*asked[place].prompt, *spoken[place]) for place in open_places],
-        ANSWER_TOKENS - min((len(spoken[place]) for place in open_places), default=0),
-    )
-    for place, tail in zip(open_places, rest, strict=True):
-        spoken[place] = (*spoken[place], *tail)[:ANSWER_TOKENS]
-    return [_Reply(scores, spoken.get(place)) for place, scores in enumerate(scored[: len(asked)])]
+        unfinished.append([place for place in said if place not in finished])
+    open_rows = [row for row, places in enumerate(unfinished) if places]
+    if open_rows:
+        prompts = [[(*asked[place].prompt, *spoken[row][place]) for place in unfinished[row]] for row in open_rows]
+        begun = min(len(spoken[row][place]) for row in open_rows for place in unfinished[row])
+        for row, tails in zip(open_rows, rows.only(open_rows).greedy(prompts, ANSWER_TOKENS - begun), strict=True):
+            for place, tail in zip(unfinished[row], tails, strict=True):
+                spoken[row][place] = (*spoken[row][place], *tail)[:ANSWER_TOKENS]
+    return [
+        [_Reply(scores[place], said.get(place)) for place in range(len(asked))]
+        for scores, said in zip(scored, spoken, strict=True)
+    ]
+
+
+def _held(draft: Sequence[int], scores: torch.Tensor, ends: frozenset[int]) -> tuple[tuple[int, ...], bool]:
+    """How far a draft is the greedy answer, with the token that follows, and whether the answer ends there."""
+    held: list[int] = []
+    # Each token is the greedy one as long as all before it were the draft's.
+    for token, drafted in zip(scores.argmax(dim=-1).tolist(), draft, strict=True):
+        if token in ends:
+            return tuple(held), True
+        held.append(token)
+        if token != drafted:
+            break
+    return tuple(held), False
 
 
 def _holds(answer: str, texts: Sequence[str]) -> bool:

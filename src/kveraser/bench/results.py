@@ -90,12 +90,14 @@ class CaseResult:
         return {"id": plain.pop("id"), **cell, **plain}
 
     @classmethod
-    def from_json(cls, line: dict[str, Any]) -> CaseResult:
+    def from_json(cls, line: Any) -> CaseResult:
         """Read a line again.
 
         Raises:
             ValueError: it is no result.
         """
+        if not isinstance(line, dict):
+            raise ValueError(f"{type(line).__name__}, not an object")
         names = {field.name for field in fields(Cell)}
         cell = {name: line[name] for name in names if name in line}
         rest = {name: value for name, value in line.items() if name not in names}

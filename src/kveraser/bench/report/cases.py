@@ -83,7 +83,9 @@ def _read_case(file: Path, number: int, line: bytes) -> dict[str, Any]:
             for name in ANSWERED
         ]
         asked = [question[name] for question in questions for name in ASKED]
-        numbers = [question["tokens"] for question in questions] + answers[:: len(ANSWERED)]
+        # An adversary asks each cache in other words, so that there is no KL.
+        kls = [kl for kl in answers[:: len(ANSWERED)] if kl is not None]
+        numbers = [question["tokens"] for question in questions] + kls
         complete = all(name in case for name in SHOWN) and len(asked) > 0
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{place} is not a case ({error!r}): measure the run again with this version") from error
@@ -95,17 +97,18 @@ def _read_case(file: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _spread(case: Mapping[str, Any]) -> float:
-    kls = [
-        _kl(case["questions"], one["answers"]) for name, one in case["methods"].items() if name not in (UNERASED, EXACT)
-    ]
-    return max(kls, default=0.0) - min(kls, default=0.0)
-
-
-def _kl(questions: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> float:
-    """KL per answer token on questions that feel the span; on all where none does."""
-    felt = [pair for pair in zip(questions, answers, strict=True) if pair[0]["kind"] == "influence"]
-    pairs = felt or list(zip(questions, answers, strict=True))
-    return float(sum(answer["kl"] for _, answer in pairs) / max(1, sum(question["tokens"] for question, _ in pairs)))
+    """The methods' highest KL per answer token less their lowest, on questions that feel the span, or else on all."""
+    influence = [at for at, question in enumerate(case["questions"]) if question["kind"] == "influence"]
+    kls = []
+    for method, measured in case["methods"].items():
+        compared = [
+            (measured["answers"][at]["kl"], case["questions"][at]["tokens"])
+            for at in influence or range(len(case["questions"]))
+            if measured["answers"][at]["kl"] is not None
+        ]
+        if method not in (UNERASED, EXACT) and compared:
+            kls.append(sum(kl for kl, _ in compared) / max(1, sum(tokens for _, tokens in compared)))
+    return float(max(kls, default=0.0) - min(kls, default=0.0))
 
 
 def _shown(case: Mapping[str, Any], reason: str) -> dict[str, Any]:
@@ -117,7 +120,9 @@ def _shown(case: Mapping[str, Any], reason: str) -> dict[str, Any]:
             method: {
                 "seconds": measured.get("seconds"),
                 "recomputed": measured.get("recomputed"),
-                "answers": [{name: answer[name] for name in ANSWERED} for answer in measured["answers"]],
+                "answers": [
+                    {name: answer.get(name) for name in (*ANSWERED, "prompt")} for answer in measured["answers"]
+                ],
             }
             for method, measured in case["methods"].items()
         },

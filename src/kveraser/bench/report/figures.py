@@ -23,6 +23,12 @@ AXES = {
 }
 LOWEST_FIDELITY = -1.0
 """Where the axis of fidelity ends: what lies below is drawn at the edge."""
+LATENCIES = {"seconds": "seconds to erase", "first_token_seconds": "seconds to the answer's first token"}
+FLOORS = {
+    "seconds": ("floor_seconds", "forward pass of the span"),
+    "first_token_seconds": ("prefill_first_token_seconds", "fresh prefill"),
+}
+"""What the times of a latency run are compared with."""
 GREY = "#555555"
 PEER_COLOURS = ("#333333", "#7A4F9A", "#3B7D3B", "#9A4F4F", "#4F6F9A")
 PEER_MARKERS = "1234+"
@@ -187,51 +193,63 @@ def _draw_fidelity(
 
 def _latency(results: Results, looks: Mapping[str, MethodStyle]) -> Drawn | None:
     rows = [*results.latency, *results.peers]
-    spans = sorted({row["span"] for row in rows})
-    if not rows:
+    panels = [
+        (span, measure)
+        for span in sorted({row["span"] for row in rows})
+        for measure in LATENCIES
+        if any(row["span"] == span and row.get(measure) is not None for row in rows)
+    ]
+    if not panels:
         return None
-    peers = list(dict.fromkeys((row["peer"], row["operation"]) for row in results.peers))
-    count = len({row["method"] for row in results.latency}) + len(peers) + 1
-    figure, all_axes = _panels(len(spans), max(3.6, 0.24 * count + 0.8))
-    for axes, span in zip(all_axes, spans, strict=True):
-        series: list[tuple[str, MethodStyle, list[tuple[float, float]]]] = []
-        timed = [row for row in results.latency if row["span"] == span]
-        for method in dict.fromkeys(row["method"] for row in timed):
-            own = [(row["context"], row["seconds"]) for row in timed if row["method"] == method]
-            series.append((looks[method].label, looks[method], own))
-        if timed:
-            floor = MethodStyle("forward pass of the span", GREY, "_", "full", ":", "")
-            series.append((floor.label, floor, list({(row["context"], row["floor_seconds"]) for row in timed})))
-        for index, (peer, operation) in enumerate(peers):
-            own = [
-                (row["context"], row["seconds"])
-                for row in results.peers
-                if (row["peer"], row["operation"], row["span"]) == (peer, operation, span)
-            ]
-            style = MethodStyle("", PEER_COLOURS[index % 5], PEER_MARKERS[index % 5], "full", "--", "")
-            series.append((f"{peer}: {operation}", style, own))
-        ends = []
-        for label, style, own in series:
-            if own:
-                xs, ys = zip(*sorted(own), strict=True)
-                axes.plot(xs, ys, linestyle=style.dash, linewidth=1.6, markersize=7, **look(style))
-                ends.append(Named(xs[-1], ys[-1], label, style))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        contexts = sorted({row["context"] for row in rows})
-        axes.set_xticks(contexts, [f"{context}" for context in contexts])
-        axes.minorticks_off()
-        axes.set_ylabel("seconds to erase")
+    count = len({row["method"] for row in results.latency}) + len(
+        {(row["peer"], row["operation"]) for row in results.peers}
+    )
+    figure, all_axes = _panels(len(panels), max(3.6, 0.24 * count + 1))
+    for axes, (span, measure) in zip(all_axes, panels, strict=True):
+        axes.set_ylabel(LATENCIES[measure])
         _name_panel(axes, f"span of {span} tokens", 2)
-        write_names(figure, axes, ends, leaders=True)
+        _draw_latency(figure, axes, results, looks, span, measure)
     all_axes[-1].set_xlabel("tokens of context")
     return _drawn(
         figure,
         "latency",
         "Latency against context length",
-        "Both axes are logarithmic: a flat line costs the same whatever the context, and the dotted line is the bare "
-        "forward pass of the erased tokens on the same machine.",
+        "Both axes are logarithmic, lower is faster and a flat line costs the same whatever the context; dotted is "
+        "what to compare with, the bare forward pass of the erased tokens or a fresh prefill of the rest.",
     )
+
+
+def _draw_latency(
+    figure: Any, axes: Any, results: Results, looks: Mapping[str, MethodStyle], span: int, measure: str
+) -> None:
+    series: dict[str, tuple[MethodStyle, dict[int, float]]] = {}
+    floor, floor_name = FLOORS[measure]
+    for row in results.latency:
+        for name, label, style in (
+            (measure, looks[row["method"]].label, looks[row["method"]]),
+            (floor, floor_name, MethodStyle(floor_name, GREY, "_", "full", ":", "")),
+        ):
+            if row["span"] == span and row.get(name) is not None:
+                series.setdefault(label, (style, {}))[1][row["context"]] = row[name]
+    peers = list(dict.fromkeys((row["peer"], row["operation"]) for row in results.peers))
+    for row in results.peers:
+        if row["span"] == span and row.get(measure) is not None:
+            at = peers.index((row["peer"], row["operation"]))
+            label = f"{row['peer']}: {row['operation']}"
+            style = MethodStyle(label, PEER_COLOURS[at % 5], PEER_MARKERS[at % 5], "full", "--", "")
+            series.setdefault(label, (style, {}))[1][row["context"]] = row[measure]
+    ends = []
+    for label, (style, points) in series.items():
+        xs = sorted(points)
+        axes.plot(xs, [points[x] for x in xs], linestyle=style.dash, linewidth=1.6, markersize=7, **look(style))
+        ends.append(Named(xs[-1], points[xs[-1]], label, style))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    contexts = sorted({context for _, points in series.values() for context in points})
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.minorticks_off()
+    write_names(figure, axes, ends, leaders=True)
 
 
 def _leakage(results: Results, looks: Mapping[str, MethodStyle]) -> Drawn | None:
@@ -261,6 +279,9 @@ def _leakage(results: Results, looks: Mapping[str, MethodStyle]) -> Drawn | None
                 tip = offset_copy(axes.transData, figure, x=math.copysign(6, row[measure]), units="points")
                 axes.plot(row[measure], place, linestyle="", markersize=6, transform=tip, clip_on=False, **look(style))
         axes.axvline(0, color="black", linewidth=1)
+        # Where nothing leaks, rounding must not fill the axis.
+        axes.update_datalim([(-0.02, 0), (0.1, 0)])
+        axes.autoscale_view()
         axes.set_xlabel(title)
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.08)

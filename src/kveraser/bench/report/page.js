@@ -65,7 +65,7 @@ function show(announced) {
   const measured = one.methods[method.value];
   shown.replaceChildren(facts(one), passage(one), ...one.questions.map((question, index) => asked(one, question, index)));
   const kls = measured ? one.questions.map((question, index) => perToken(measured.answers[index].kl, question)) : [];
-  const spoken = measured ? `KL to exact ${kls.join(", ")} nats per token` : "not measured here";
+  const spoken = measured ? `KL to exact ${kls.join(", ")}` : "not measured here";
   announce(announced && `Case ${at + 1} of ${matching.length}, ${one.suite} ${one.task}, method ${label()}: ${spoken}`);
 }
 
@@ -73,7 +73,10 @@ function announce(text) { if (text) element("announcer").textContent = text; }
 
 function label() { return method.selectedOptions[0] ? method.selectedOptions[0].textContent : "none"; }
 
-function perToken(kl, question) { return (kl / Math.max(1, question.tokens)).toFixed(4); }
+// An adversary asks each cache in other words: its questions have no KL.
+function perToken(kl, question) {
+  return kl === null ? "not compared" : `${(kl / Math.max(1, question.tokens)).toFixed(4)} nats per token`;
+}
 
 function facts(one) {
   const measured = one.methods[method.value];
@@ -116,6 +119,7 @@ function answered(name, answer, other, question, role) {
     block.append(make("p", { class: "said none" }, "not measured"));
     return block;
   }
+  if (answer.prompt) block.append(make("p", { class: "facts" }, `asked: ${answer.prompt}`));
   const said = make("p", { class: "said" });
   const footer = make("footer", {});
   block.append(said, footer);
@@ -131,7 +135,7 @@ function answered(name, answer, other, question, role) {
     if (role === "exact") footer.append(differing ? `${words} (dashed) missing from ${label()} · ` : "");
     else footer.append(answer.answer === other.answer ? "same as exact · " : `${words} (wavy) not in exact · `);
   }
-  footer.append(role === "exact" ? "reference" : `KL ${perToken(answer.kl, question)} nats per token`);
+  footer.append(role === "exact" ? "reference" : `KL ${perToken(answer.kl, question)}`);
   if (answer.correct !== null) footer.append(" · ", flag(answer.correct, "✓ correct", "✗ wrong"));
   if (answer.leaked !== null) footer.append(" · ", flag(!answer.leaked, "✓ not leaked", "⚠ leaked"));
   return block;

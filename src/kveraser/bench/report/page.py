@@ -67,9 +67,7 @@ def make_page(
         "runs": _runs(results),
         "summaries": "".join(_summary(results, looks, scope) for scope in results.scopes) or _nothing("quality"),
         "figures": "".join(_figure(figure) for figure in figures),
-        "notes": "".join(
-            f"<p>{html.escape(str(note))}</p>" for run in results.runs for note in run.result.get("notes") or ()
-        ),
+        "notes": "".join(f"<p>{html.escape(note)}</p>" for note in _notes(results)),
         "left_out": _left_out(results.left_out),
         "per_cell": str(per_cell),
         "cases": str(len(cases)),
@@ -109,14 +107,14 @@ def _identity(results: Results) -> str:
         values: dict[str, None] = {}
         for run in results.runs:
             found = {name: run.result[name] for name in names if run.result.get(name) is not None}
-            values[_value(found if len(names) > 1 else found.get(names[0], "")).replace("<br>", ", ")] = None
+            values[_value(found if len(names) > 1 else found.get(names[0], "")).replace("<br>", "; ")] = None
         lines.append(f"<dt>{title}</dt><dd>{'<br>'.join(value for value in values if value) or 'none'}</dd>")
     return "".join(lines)
 
 
 def _runs(results: Results) -> str:
     """A row a property, a column a run."""
-    hidden = ("rows", "left_out", "peers", "notes")
+    hidden = ("rows", "left_out", "peers", "peers_skipped", "notes", "growth", "ratios")
     names = dict.fromkeys(name for run in results.runs for name in run.result if name not in hidden)
     rows = []
     for name in names:
@@ -131,12 +129,14 @@ def _value(value: Any) -> str:
         return "<br>".join(
             f'<span class="key">{html.escape(str(name))}:</span> {_value(one)}' for name, one in value.items()
         )
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
+        if all(isinstance(one, Mapping) for one in value):
+            return "<br>".join(_value(one).replace("<br>", ", ") for one in value)
         joined = ", " if all(isinstance(one, int | float) for one in value) else "; "
         return joined.join(_value(one) for one in value)
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else html.escape(str(value))
+    return "none" if value is None or value == [] else html.escape(str(value))
 
 
 def _summary(results: Results, looks: Mapping[str, MethodStyle], scope: str) -> str:
@@ -162,7 +162,7 @@ def _summary(results: Results, looks: Mapping[str, MethodStyle], scope: str) -> 
         )
     first = next(iter(rows.values()))
     title = "All suites" if scope == ALL else html.escape(scope)
-    counted = f"{first['cases']:,} cases and {first['questions']:,} questions" if "cases" in first and "questions" in first else ""
+    counted = f"{first['cases']:,} cases and {first['questions']:,} questions"
     table = (
         f'<table><caption>{title}: {counted}</caption><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table>"
@@ -203,6 +203,17 @@ def _figure(figure: Drawn) -> str:
         f'<img src="data:image/png;base64,{picture}" alt="{html.escape(figure.description)}">'
         f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
     )
+
+
+def _notes(results: Results) -> list[str]:
+    """What a reader of the latency figure has to know, and what is missing from it."""
+    notes = []
+    for run in results.runs:
+        notes += [str(note) for note in run.result.get("notes") or ()]
+        if run.kind == "latency":
+            notes += [f"Not timed at {one['length']} tokens: {one['reason']}" for one in run.result.get("left_out", ())]
+            notes += [f"{one['peer']} did not run: {one['reason']}" for one in run.result.get("peers_skipped", ())]
+    return notes
 
 
 def _left_out(cells: Sequence[Mapping[str, Any]]) -> str:

@@ -23,6 +23,7 @@ QUALITY_MEASURES = (
     "em", "em_exact", "em_unerased", "kl", "kl_low", "kl_high", "kl_unerased", "fidelity", "fidelity_low",
     "fidelity_high", "leak", "leak_rate", "no_harm", "seconds", "recomputed",
 )  # fmt: skip
+COUNTS = ("cases", "questions")
 LATENCY_MEASURES = ("context", "span", "seconds", "floor_seconds")
 PEER_MEASURES = ("context", "span", "seconds")
 
@@ -176,17 +177,21 @@ def _check_form(source: Path, kind: str, result: Mapping[str, Any]) -> None:
     for name, form in (("backbone", str), ("eraser", object), ("settings", dict), ("rows", list), ("versions", dict)):
         if not isinstance(result.get(name, ...), form) or result.get(name, ...) is ...:
             raise InputError(f"{source} has no {name!r}: measure it again with this version")
-    for name in ("rows", "left_out", "peers"):
+    for name in ("rows", "left_out", "peers", "peers_skipped"):
         if not isinstance(result.get(name, []), list) or not all(isinstance(row, dict) for row in result.get(name, [])):
             raise InputError(f"{source}: {name!r} is no list of rows: measure it again with this version")
     if kind == "latency":
         _check_rows(source, "row", result["rows"], ("method",), LATENCY_MEASURES, missing=())
-        _check_rows(source, "peer", result.get("peers", []), ("peer", "operation"), PEER_MEASURES, missing=())
+        _check_rows(source, "peer", result.get("peers", []), ("peer", "operation"), PEER_MEASURES, missing=("seconds",))
+        _check_rows(source, "left-out length", result.get("left_out", []), ("length", "reason"), (), missing=())
+        _check_rows(source, "skipped peer", result.get("peers_skipped", []), ("peer", "reason"), (), missing=())
         return
     settings = result["settings"]
     if not isinstance(settings.get("seed"), int) or not isinstance(settings.get("methods"), list):
         raise InputError(f"{source}: its settings have no seed or no methods: measure it again with this version")
-    _check_rows(source, "row", result["rows"], (*KEYS, "method"), QUALITY_MEASURES, missing=QUALITY_MEASURES)
+    _check_rows(
+        source, "row", result["rows"], (*KEYS, "method"), (*QUALITY_MEASURES, *COUNTS), missing=QUALITY_MEASURES
+    )
     _check_rows(source, "left-out cell", result.get("left_out", []), (*KEYS, "reason"), (), missing=())
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kveraser.bench.suites.text import load_words
-from kveraser.probes import mentions
 from kveraser.training.cases import Query, QueryKind
 from kveraser.training.tasks.tables import Cast, Value, fill, load_tables
 
@@ -57,6 +57,6 @@ def conflicts(rng: random.Random, count: int) -> list[Conflict]:
     return drawn
 
 
-def stands_in(text: str, value: Value) -> bool:
-    """Whether a text gives a value, in any of its forms."""
-    return any(mentions(text, string) for string in value.strings)
+def values(told: Iterable[Conflict]) -> list[str]:
+    """Every right and wrong value, in all its forms."""
+    return [text for one in told for value in (one.true, one.wrong) for text in value.strings]

@@ -24,8 +24,6 @@ SECRETS_UNTIL = 0.45
 """Share of the context in which the secrets stand; the references to them come after it."""
 LEAST_FILLER = 0.05
 """Share of a context's own text that is about no secret, at least."""
-TRIES = 20
-"""Draws until no filler gives a secret away by chance."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +120,12 @@ def _stated(settings: SuiteSettings, secrets: list[Secret]) -> int:
 def _woven(settings: SuiteSettings, secrets: list[Secret], length: int, index: int) -> Woven:
     """The text; its first ranges are those of the secrets."""
     room = room_for_text(settings.tokenizer, length)
-    for attempt in range(TRIES):
-        rng = random.Random(f"{settings.seed}/leak/{length}/{index}/text/{attempt}")
-        pieces = Filler(rng, settings.passages).pieces(settings.tokenizer, room - _stated(settings, secrets))
-        told = [Placed(secret.statement, rng.uniform(0, SECRETS_UNTIL) * room) for secret in secrets]
-        later = [Placed(secret.later, rng.uniform(SECRETS_UNTIL, 1) * room) for secret in secrets]
-        woven = weave(settings.tokenizer, pieces, [*told, *later])
-        if not any(mentions("".join(pieces), secret.text) for secret in secrets):
-            break
-    return woven
+    rng = random.Random(f"{settings.seed}/leak/{length}/{index}/text")
+    filler = Filler(rng, settings.passages, without=[secret.text for secret in secrets])
+    pieces = filler.pieces(settings.tokenizer, room - _stated(settings, secrets))
+    told = [Placed(secret.statement, rng.uniform(0, SECRETS_UNTIL) * room) for secret in secrets]
+    later = [Placed(secret.later, rng.uniform(SECRETS_UNTIL, 1) * room) for secret in secrets]
+    return weave(settings.tokenizer, pieces, [*told, *later])
 
 
 def _queries(rng: random.Random, secret: Secret, index: int) -> tuple[Query, ...]:

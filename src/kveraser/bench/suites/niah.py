@@ -9,7 +9,7 @@ import random
 
 from kveraser.bench.case import BenchCase, Cell, LeftOut
 from kveraser.bench.suites.base import Made, Suite, SuiteSettings
-from kveraser.bench.suites.facts import Conflict, conflicts, stands_in
+from kveraser.bench.suites.facts import Conflict, conflicts, values
 from kveraser.bench.suites.text import Filler, Placed, Woven, room_for_text, token_count, weave
 from kveraser.spans import Characters
 
@@ -18,8 +18,6 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the wrong needle begins, as a share of the context: 0 is behind the first sentence, 1 before the last."""
 LEAST_FILLER = 0.25
 """Share of a context that is no needle, at least."""
-TRIES = 20
-"""Draws until no filler gives a needle's value by chance."""
 
 
 def make(settings: SuiteSettings) -> Made:
@@ -74,17 +72,13 @@ def _context(settings: SuiteSettings, cells: list[Cell], length: int, index: int
 def _woven(settings: SuiteSettings, pairs: list[Conflict], aside: Conflict, length: int, index: int) -> Woven:
     """The text; its first ranges are those of the wrong needles."""
     tokenizer, room = settings.tokenizer, room_for_text(settings.tokenizer, length)
-    for attempt in range(TRIES):
-        rng = random.Random(f"{settings.seed}/niah/{length}/{index}/{attempt}")
-        pieces = Filler(rng, settings.passages).pieces(tokenizer, room - _needle_tokens(settings, length, index))
-        # The share is one of all tokens, the chat template's included.
-        wrong = [Placed(pair.bad, depth * length - (length - room)) for depth, pair in zip(DEPTHS, pairs, strict=True)]
-        right = [Placed(pair.right, room * _away_from(rng, depth)) for depth, pair in zip(DEPTHS, pairs, strict=True)]
-        woven = weave(tokenizer, pieces, [*wrong, *right, Placed(aside.right, room * rng.random())])
-        filler = "".join(pieces)
-        if not any(stands_in(filler, value) for pair in pairs for value in (pair.true, pair.wrong)):
-            break
-    return woven
+    rng = random.Random(f"{settings.seed}/niah/{length}/{index}/text")
+    filler = Filler(rng, settings.passages, without=values([*pairs, aside]))
+    pieces = filler.pieces(tokenizer, room - _needle_tokens(settings, length, index))
+    # The share is one of all tokens, the chat template's included.
+    wrong = [Placed(pair.bad, depth * length - (length - room)) for depth, pair in zip(DEPTHS, pairs, strict=True)]
+    right = [Placed(pair.right, room * _away_from(rng, depth)) for depth, pair in zip(DEPTHS, pairs, strict=True)]
+    return weave(tokenizer, pieces, [*wrong, *right, Placed(aside.right, room * rng.random())])
 
 
 def _away_from(rng: random.Random, depth: float) -> float:

@@ -12,9 +12,10 @@ from math import inf
 
 from kveraser.bench.case import BenchCase, Cell, LeftOut
 from kveraser.bench.suites.base import Made, Suite, SuiteSettings
-from kveraser.bench.suites.facts import Conflict, conflicts, stands_in
+from kveraser.bench.suites.facts import Conflict, conflicts, values
 from kveraser.bench.suites.records import JOINT, records
 from kveraser.bench.suites.text import Filler, Placed, Woven, room_for_text, token_count, weave
+from kveraser.probes import mentions
 from kveraser.spans import Characters
 
 SPAN_LENGTH, DISTANCE, SPAN_COUNT = "span_length", "distance", "span_count"
@@ -32,8 +33,6 @@ RIGHT_UNTIL = 0.25
 """Share of the context in which the right statements stand where distances are compared: in front of every span."""
 LEAST_FILLER = 0.1
 """Share of a context that states nothing, at least."""
-TRIES = 20
-"""Draws until no filler gives a value by chance."""
 
 Targets = Callable[[random.Random, int, Sequence[int]], list[float]]
 """Where wrong statements begin in a text, in tokens, from the text's tokens and those of every statement."""
@@ -99,7 +98,7 @@ def _span_lengths(settings: SuiteSettings, length: int) -> tuple[list[Plan], lis
         told = records(rng, settings.tokenizer, sizes)
         (aside,) = conflicts(rng, 1)
         # It may be about a person of the same name.
-        while any(stands_in(aside.right, value) for one in told.values() for value in (one.true, one.wrong)):
+        while any(mentions(aside.right, text) for text in values(told.values())):
             (aside,) = conflicts(rng, 1)
         drawn.append((told, aside))
     spans = [span for span in sizes if all(span in one for one, _ in drawn)]
@@ -190,18 +189,13 @@ def _woven(settings: SuiteSettings, plan: Plan, index: int) -> Woven | None:
     stated = sum(wrong) + sum(token_count(tokenizer, f" {one.right}") for one in plan.told[index])
     if stated > (1 - LEAST_FILLER) * room:
         return None
-    for attempt in range(TRIES):
-        rng = random.Random(f"{settings.seed}/sweeps/{plan.name}/{plan.length}/{index}/{attempt}")
-        pieces = Filler(rng, settings.passages).pieces(tokenizer, room - stated)
-        tokens = stated + sum(token_count(tokenizer, piece) for piece in pieces)
-        starts = plan.targets(rng, tokens, wrong)
-        placed = [Placed(one.bad, start, plan.joint) for one, start in zip(told, starts, strict=True)]
-        placed += [Placed(one.right, rng.random() * plan.right_until * tokens) for one in (*told, aside)]
-        woven = weave(tokenizer, pieces, placed)
-        filler = "".join(pieces)
-        if not any(stands_in(filler, value) for one in told for value in (one.true, one.wrong)):
-            break
-    return woven
+    rng = random.Random(f"{settings.seed}/sweeps/{plan.name}/{plan.length}/{index}")
+    pieces = Filler(rng, settings.passages, without=values(plan.told[index])).pieces(tokenizer, room - stated)
+    tokens = stated + sum(token_count(tokenizer, piece) for piece in pieces)
+    starts = plan.targets(rng, tokens, wrong)
+    placed = [Placed(one.bad, start, plan.joint) for one, start in zip(told, starts, strict=True)]
+    placed += [Placed(one.right, rng.random() * plan.right_until * tokens) for one in (*told, aside)]
+    return weave(tokenizer, pieces, placed)
 
 
 def _cases(plan: Plan, index: int, woven: Woven) -> list[BenchCase]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -14,6 +14,7 @@ from typing import Any
 
 from kveraser.backbone import encode
 from kveraser.bench.case import tokenize_context
+from kveraser.errors import InputError
 from kveraser.training.tasks.tables import fill
 
 LONGEST_SENTENCE = 60
@@ -45,10 +46,15 @@ class Filler:
     Args:
         rng: draws them.
         passages: text to take them from; empty: paragraphs about a made-up village each.
+        without: texts that no sentence may hold, in any case: what a context states must stand where it is stated.
+
+    Raises:
+        InputError: when text is drawn, and no sentence of the passages can be used.
     """
 
-    def __init__(self, rng: random.Random, passages: Sequence[str] = ()) -> None:
+    def __init__(self, rng: random.Random, passages: Sequence[str] = (), without: Iterable[str] = ()) -> None:
         self.rng = rng
+        self.without = [text.lower() for text in without]
         self._sentences = self._of(passages) if passages else self._generated()
 
     def piece(self) -> str:
@@ -61,12 +67,30 @@ class Filler:
 
     def _generated(self) -> Iterator[str]:
         while True:
-            yield from _with_breaks(paragraph(self.rng))
+            yield from self._usable(paragraph(self.rng))
 
     def _of(self, passages: Sequence[str]) -> Iterator[str]:
         while True:
-            for sentences in map(_split, self.rng.sample(passages, len(passages))):
-                yield from _with_breaks(sentences)
+            found = False
+            for passage in self.rng.sample(passages, len(passages)):
+                for piece in self._usable(SENTENCE_END.split(" ".join(passage.split()))):
+                    found = True
+                    yield piece
+            if not found:
+                raise InputError(
+                    f"the {len(passages)} passages have no sentence of 3 to {LONGEST_SENTENCE} words that leaves out "
+                    "what a case is about: give a longer corpus, or none"
+                )
+
+    def _usable(self, sentences: Sequence[str]) -> list[str]:
+        """With a paragraph break in front of the first one, a space in front of the others."""
+        usable = [
+            sentence
+            for sentence in sentences
+            if 3 <= len(sentence.split()) <= LONGEST_SENTENCE
+            and not any(text in sentence.lower() for text in self.without)
+        ]
+        return [f" {sentence}" if place else f"\n\n{sentence}" for place, sentence in enumerate(usable)]
 
 
 def fitted(tokenizer: Any, tokens: int, draw: Callable[[], str]) -> list[str]:
@@ -103,15 +127,6 @@ def paragraph(rng: random.Random) -> list[str]:
 def generated_passages(rng: random.Random, count: int) -> list[str]:
     """`count` paragraphs, in place of a corpus."""
     return [" ".join(paragraph(rng)) for _ in range(count)]
-
-
-def _split(passage: str) -> list[str]:
-    sentences = SENTENCE_END.split(" ".join(passage.split()))
-    return [sentence for sentence in sentences if 3 <= len(sentence.split()) <= LONGEST_SENTENCE]
-
-
-def _with_breaks(sentences: Sequence[str]) -> list[str]:
-    return [f"\n\n{sentence}" if place == 0 else f" {sentence}" for place, sentence in enumerate(sentences)]
 
 
 @dataclass(frozen=True)
