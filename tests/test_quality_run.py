@@ -1,285 +1,340 @@
-"""Runs of the held-out suite: they resume to the same numbers, and say what they can't measure before they begin."""
+"""Runs of the quality benchmark: they resume to the same numbers, and say what they can't measure before they begin."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kveraser import cli
 from kveraser.backbone import Backbone
 from kveraser.bench import run as module
-from kveraser.bench.quality import CaseResult
-from kveraser.bench.run import CASES, SETTINGS, QualityRun, QualitySettings, to_json
-from kveraser.bench.run import run as run_suite
+from kveraser.bench import workers
+from kveraser.bench.case import BenchCase, Cell, LeftOut, TokenizedCase
+from kveraser.bench.plan import QualitySettings, plan_suite
+from kveraser.bench.quality import NOTICE_TOKENS
+from kveraser.bench.results import CaseResult
+from kveraser.bench.run import CASES, RESULT, SETTINGS, QualityRun, make_cases, to_json, write_result
+from kveraser.bench.run import run as run_cases
 from kveraser.errors import InputError
-from kveraser.methods import make_method
-from kveraser.training.span_neighbor import FOLLOWS
+from kveraser.methods import Method, make_method
+from kveraser.spans import Text
+from kveraser.training.cases import Query
 from tests import test_tasks
-from tests.test_cli import Run, one_line, read, run  # noqa: F401 (a fixture)
+from tests.bench_cases import CELL, CONTEXT, bench_case, untimed
 from tests.test_train_data import HELD_OUT, PASSAGES
 from tests.tiny import POSITIONS, attach_random_eraser, tiny_backbone
 
-SETTINGS_OF_ALL = QualitySettings(("span_neighbor",), (260, 340), (40,), cases=2, seed=3, corpus="words")
-CORPUS = [*PASSAGES, *HELD_OUT]
 METHODS = (make_method("mask"), make_method("blank"))
+OWN = QualitySettings(seed=3, case_file="own.jsonl")
+WHEN = [Query("When?", "at nine", accepted=("nine",))]
+OTHER = f"{CONTEXT} The boat was towed in."
+MADE = [
+    bench_case("a", WHEN),
+    bench_case("b", WHEN, [Text("at six")]),
+    bench_case("c", WHEN, context=OTHER),
+    bench_case("d", WHEN, [Text("of four"), Text("at six")]),
+    bench_case("e", WHEN, context=OTHER, erase=[Text("at nine")]),
+    bench_case("f", WHEN, context=f"{OTHER} Nobody paid."),
+]
+"""Six cases in three contexts, in which they are measured."""
+GROUPS = [["a", "b", "d"], ["c", "e"], ["f"]]
+ORDER = [name for group in GROUPS for name in group]
+CORPUS = [*PASSAGES, *HELD_OUT]
 
 
 def start(
     backbone: Backbone,
     folder: Path | None = None,
     progress: Callable[[str, float], None] | None = None,
-    **other: object,
+    cases: Sequence[BenchCase] = MADE,
+    methods: Sequence[Method] = METHODS,
+    **other: Any,
 ) -> QualityRun:
-    return run_suite(backbone, CORPUS, METHODS, replace(SETTINGS_OF_ALL, **other), folder, progress)  # type: ignore[arg-type]
+    return run_cases(backbone, methods, replace(OWN, **other), cases, (), folder, progress)
 
 
-def numbers(measured: QualityRun) -> list[CaseResult]:
-    """All but the time that it took."""
-    return [replace(result, seconds=0.0) for result in measured.results]
+def heldout(cases: int = 2, **other: Any) -> list[BenchCase]:
+    plan = plan_suite("heldout", ("span_neighbor",), **({"lengths": (260, 340), "spans": (40,)} | other), cases=cases)
+    return make_cases(tiny_backbone().tokenizer, QualitySettings((plan,), seed=3), CORPUS)[0]
 
 
 @pytest.fixture(scope="module")
 def whole(backbone: Backbone) -> list[CaseResult]:
     """An uninterrupted run."""
-    return numbers(start(backbone))
+    return untimed(start(backbone).results)
 
 
 @pytest.fixture
-def measured_cases(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The cases that are measured, in order."""
-    cases: list[str] = []
-    measure = module.measure_case
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The cases that are measured, context by context."""
+    groups: list[list[str]] = []
+    measure = workers.measure_context
 
-    def counted(backbone: Backbone, case: object, *others: object) -> list[CaseResult]:
-        cases.append(case.id)  # type: ignore[attr-defined]
-        return measure(backbone, case, *others)  # type: ignore[arg-type]
+    def counted(backbone: Backbone, context: object, cases: Sequence[TokenizedCase], *others: object) -> object:
+        groups.append([one.case.id for one in cases])
+        return measure(backbone, context, cases, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "measure_case", counted)
-    return cases
-
-
-def test_cells_take_turns(whole: list[CaseResult]) -> None:
-    assert [(one.length, one.method) for one in whole] == [
-        (length, method) for length in (260, 340) * 2 for method in ("none", "recompute", "mask", "blank(filler='\\n')")
-    ]
-    assert len({one.case for one in whole}) == 4
-    sizes = {length: [one.context_tokens for one in whole if one.length == length] for length in (260, 340)}
-    assert 230 < min(sizes[260]) <= max(sizes[260]) < min(sizes[340]) < 450
-    assert len({question.kl for one in whole for question in one.questions if one.method == "mask"}) == 16
+    monkeypatch.setattr(workers, "measure_context", counted)
+    return groups
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(
-    backbone: Backbone, whole: list[CaseResult], tmp_path: Path, measured_cases: list[str]
+def kept(folder: Path) -> list[str]:
+    """The ids of the lines of a run."""
+    return [json.loads(line)["id"] for line in (folder / CASES).read_text("utf-8").split("\n")[:-1]]
+
+
+def test_cases_are_measured_context_by_context(
+    backbone: Backbone, whole: list[CaseResult], measured: list[list[str]], tmp_path: Path
 ) -> None:
-    def interrupt(step: str, share: float) -> None:
-        if share >= 0.5:
-            raise KeyboardInterrupt
+    assert [result.id for result in whole] == ORDER
+    again = start(backbone, tmp_path)
+    assert measured == GROUPS and kept(tmp_path) == ORDER and untimed(again.results) == whole and not again.left_out
+    assert all(list(result.methods) == ["none", "recompute", *map(str, METHODS)] for result in whole)
+    assert len({result.methods["mask"].answers[0].kl for result in whole}) == len(whole)
+    assert len({result.context for result in whole}) == len(GROUPS)
 
-    with pytest.raises(KeyboardInterrupt):
-        start(backbone, tmp_path, interrupt)
-    assert len(measured_cases) == 2
-    assert numbers(start(backbone, tmp_path)) == whole and len(measured_cases) == len(set(measured_cases)) == 4
-    assert numbers(start(backbone, tmp_path)) == whole and len(measured_cases) == 4
+
+def test_suites_take_turns(backbone: Backbone, measured: list[list[str]]) -> None:
+    suites = [
+        [bench_case(f"{suite}{place}", WHEN, context=f"{suite} {place}. {CONTEXT}", cell=Cell(suite, "boats"))
+         for place in range(count)]
+        for suite, count in (("long", 6), ("short", 3))
+    ]  # fmt: skip
+    start(backbone, cases=[*suites[0], *suites[1]], methods=[])
+    turns = [name for (name,) in measured]
+    assert turns == ["long0", "short0", "long1", "long2", "short1", "long3", "long4", "short2", "long5"]
+
+
+def test_progress_ends_at_all_of_it(backbone: Backbone, tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    for _ in range(2):
+        told.append(("run", -1.0))
+        start(backbone, tmp_path, lambda *step: told.append(step), cases=MADE[:5])
+    shares = [share for step, share in told if step == str(CELL)]
+    assert len(shares) == 2 and 0.2 < shares[0] < shares[1] == 1
+    # Nothing is left to tell of on the second run.
+    assert told[-2:] == [("run", -1.0), ("making cases", 0.0)]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("moment", ["progress", "measuring", "writing"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    backbone: Backbone,
+    whole: list[CaseResult],
+    tmp_path: Path,
+    measured: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    after: int,
+) -> None:
+    calls: list[int] = []
+
+    def interrupted(function: Any) -> Any:
+        def called(*given: Any) -> Any:
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return function(*given)
+
+        return called
+
+    progress = None
+    with monkeypatch.context() as patched:
+        if moment == "progress":
+            progress = interrupted(lambda *_: None)
+        elif moment == "measuring":
+            patched.setattr(workers, "measure_context", interrupted(workers.measure_context))
+        else:
+            patched.setattr(module, "_append", interrupted(module._append))
+        if after < len(GROUPS) or moment == "progress":
+            with pytest.raises(KeyboardInterrupt):
+                start(backbone, tmp_path, progress)
+        else:
+            start(backbone, tmp_path, progress)
+    done = len(measured) - (1 if moment == "writing" and after < len(GROUPS) else 0)
+    assert done == {"progress": min(after, 3), "measuring": after, "writing": after}[moment]
+    measured.clear()
+    again = start(backbone, tmp_path)
+    assert untimed(again.results) == whole and measured == GROUPS[done:] and kept(tmp_path) == ORDER
+    assert untimed(start(backbone, tmp_path).results) == whole and measured == GROUPS[done:]
 
 
 @pytest.mark.parametrize("killed", ["in a line", "in a character", "between lines", "before the first line"])
 def test_a_case_that_was_not_written_whole_is_measured_again(
-    backbone: Backbone, whole: list[CaseResult], tmp_path: Path, measured_cases: list[str], killed: str
+    backbone: Backbone, whole: list[CaseResult], tmp_path: Path, measured: list[list[str]], killed: str
 ) -> None:
-    start(backbone, tmp_path, lengths=(260,))
+    first = [case for case in MADE if case.id in GROUPS[0]]
+    start(backbone, tmp_path, cases=first)
     lines = (tmp_path / CASES).read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(first) == 3
     left = {
         "in a line": b"".join(lines)[:-40],
-        "in a character": b"".join(lines[:-4]) + b'{"case": "\xe2\x80',
+        "in a character": b"".join(lines[:-1]) + b'{"id": "\xe2\x80',
         "between lines": b"".join(lines[:-1]),
         "before the first line": b"",
     }[killed]
     (tmp_path / CASES).write_bytes(left)
-    measured_cases.clear()
-    assert numbers(start(backbone, tmp_path, lengths=(260,))) == [one for one in whole if one.length == 260]
-    assert len(measured_cases) == (2 if left == b"" else 1)
-    assert len((tmp_path / CASES).read_bytes().splitlines()) == len(lines)
+    measured.clear()
+    assert untimed(start(backbone, tmp_path, cases=first).results) == whole[:3]
+    # The cases of a context are measured together, and those that were kept stay as they were.
+    assert measured == GROUPS[:1] and kept(tmp_path) == GROUPS[0]
+    written = (tmp_path / CASES).read_bytes().splitlines(keepends=True)
+    assert written[:2] == lines[:2] or left == b""
 
 
-def test_an_answer_with_a_line_separator_is_kept(backbone: Backbone, tmp_path: Path, measured_cases: list[str]) -> None:
-    start(backbone, tmp_path, cases=1)
-    kept = (tmp_path / CASES).read_text("utf-8").replace('"answer": null', '"answer": "a\u2028b\x85"')
-    (tmp_path / CASES).write_text(kept, "utf-8")
-    again = start(backbone, tmp_path, cases=1)
-    assert len(measured_cases) == 2 and {one.answer for one in again.results[0].questions} == {"a\u2028b\x85"}
+def test_an_answer_with_a_line_separator_is_kept(backbone: Backbone, tmp_path: Path, measured: list[list[str]]) -> None:
+    start(backbone, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / CASES).read_text("utf-8").split("\n")[:-1]]
+    lines[0]["methods"]["mask"]["answers"][0]["answer"] = "a\u2028b\x85"
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / CASES).write_text(text, "utf-8")
+    again = start(backbone, tmp_path)
+    assert len(measured) == len(GROUPS) and again.results[0].methods["mask"].answers[0].answer == "a\u2028b\x85"
 
 
 def test_more_cases_go_on_and_fewer_are_the_first(
-    backbone: Backbone, whole: list[CaseResult], tmp_path: Path, measured_cases: list[str]
+    backbone: Backbone, tmp_path: Path, measured: list[list[str]]
 ) -> None:
-    assert numbers(start(backbone, tmp_path, cases=1)) == whole[:8]
-    assert numbers(start(backbone, tmp_path)) == whole and len(measured_cases) == 4
-    assert numbers(start(backbone, tmp_path, cases=1)) == whole[:8] and len(measured_cases) == 4
-    assert numbers(start(backbone, tmp_path)) == whole and len(measured_cases) == 4
+    whole, fewer = heldout(), heldout(1)
+    expected = {result.id: result for result in untimed(start(backbone, cases=whole).results)}
+    assert len(expected) == 4 and len(fewer) == 2
+    measured.clear()
+    for cases, total in ((fewer, 2), (whole, 4), (fewer, 4), (whole, 4)):
+        results = untimed(start(backbone, tmp_path, cases=cases).results)
+        assert results == [expected[case.id] for case in cases] and len(measured) == total
 
 
-def test_a_cell_does_not_hang_on_the_others(backbone: Backbone, whole: list[CaseResult]) -> None:
-    alone = numbers(start(backbone, lengths=(340,)))
-    assert alone == [one for one in whole if one.length == 340]
-    assert alone != numbers(start(backbone, lengths=(340,), seed=4))
+def test_a_cell_does_not_hang_on_the_others(backbone: Backbone) -> None:
+    alone = untimed(start(backbone, cases=heldout(lengths=(340,))).results)
+    together = untimed(start(backbone, cases=heldout()).results)
+    assert alone == [one for one in together if one.cell.length == 340] and len(alone) == 2
+    sizes = {length: [one.context_tokens for one in together if one.cell.length == length] for length in (260, 340)}
+    assert 230 < min(sizes[260]) <= max(sizes[260]) < min(sizes[340]) < 450
+
+
+def test_the_same_seed_gives_the_same_run(backbone: Backbone) -> None:
+    results = []
+    for seed in (3, 3, 4):
+        plan = plan_suite("heldout", ("span_neighbor",), (260,), (40,), 2)
+        settings = QualitySettings((plan,), seed)
+        cases, left_out = make_cases(backbone.tokenizer, settings, CORPUS)
+        measured = run_cases(backbone, METHODS, settings, cases, left_out)
+        results.append((untimed(measured.results), to_json(measured, backbone, settings, METHODS, 0.0)["rows"]))
+    rows = [[{**row, "seconds": 0} for row in made] for _, made in results]
+    assert results[0][0] == results[1][0] != results[2][0] and rows[0] == rows[1] != rows[2]
 
 
 def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(backbone: Backbone, tmp_path: Path) -> None:
-    start(backbone, tmp_path, lengths=(260,), cases=1)
+    cases = MADE[:2]
+    start(backbone, tmp_path, cases=cases)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {CASES, SETTINGS}
-    settings = replace(SETTINGS_OF_ALL, lengths=(260,), cases=1)
     erasing, other = tiny_backbone(), tiny_backbone(seed=1)
     attach_random_eraser(erasing)
-    others = {
-        "seed": (backbone, CORPUS, METHODS, replace(settings, seed=4)),
-        "lengths": (backbone, CORPUS, METHODS, replace(settings, lengths=(340,))),
-        "corpus": (backbone, CORPUS, METHODS, replace(settings, corpus="other")),
-        "corpus_fingerprint": (backbone, [*CORPUS[:-1], f"{CORPUS[-1]} more"], METHODS, settings),
-        "methods": (backbone, CORPUS, METHODS[:1], settings),
-        "backbone_fingerprint": (other, CORPUS, METHODS, settings),
-        "eraser": (erasing, CORPUS, METHODS, settings),
+    others: dict[str, Callable[[], QualityRun]] = {
+        "seed": lambda: start(backbone, tmp_path, cases=cases, seed=4),
+        "corpus": lambda: start(backbone, tmp_path, cases=cases, corpus="other"),
+        "dataset": lambda: start(backbone, tmp_path, cases=cases, dataset="other"),
+        "case_file": lambda: start(backbone, tmp_path, cases=cases, case_file="other"),
+        "methods": lambda: start(backbone, tmp_path, cases=cases, methods=METHODS[:1]),
+        "backbone_fingerprint": lambda: start(other, tmp_path, cases=cases),
+        "eraser": lambda: start(erasing, tmp_path, cases=cases),
+        "case b": lambda: start(backbone, tmp_path, cases=[cases[0], replace(cases[1], queries=cases[1].queries * 2)]),
     }
-    for key, arguments in others.items():
-        with pytest.raises(InputError, match=f"holds another run: its {key}"):
-            run_suite(*arguments, tmp_path)
+    for key, begin in others.items():
+        with pytest.raises(InputError, match=f"holds another run: its {key} "):
+            begin()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_cases_that_are_made_otherwise_are_another_run(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(backbone, tmp_path, lengths=(260,), cases=1)
-    monkeypatch.setitem(FOLLOWS, "heldout", ("What is said after {words}?",))
-    with pytest.raises(InputError, match="its cases_fingerprint"):
-        start(backbone, tmp_path, lengths=(260,), cases=1)
+    start(backbone, tmp_path, cases=cases)
 
 
 def test_a_retrained_eraser_of_the_same_name_is_another_run(tmp_path: Path) -> None:
     first, second = tiny_backbone(), tiny_backbone()
     attach_random_eraser(first, seed=0)
     attach_random_eraser(second, seed=1)
-    start(first, tmp_path, lengths=(260,), cases=1)
+    start(first, tmp_path, cases=MADE[:1])
     with pytest.raises(InputError, match="its eraser_fingerprint"):
-        start(second, tmp_path, lengths=(260,), cases=1)
+        start(second, tmp_path, cases=MADE[:1])
 
 
 def test_files_that_are_no_run_are_not_touched(backbone: Backbone, tmp_path: Path) -> None:
-    training, broken, line, file = (tmp_path / name for name in ("training", "broken", "line", "file"))
+    training, broken, line, empty, file = (tmp_path / name for name in ("training", "broken", "line", "empty", "file"))
     training.mkdir()
     (training / CASES).write_text('{"id": "a training case"}\n')
     broken.mkdir()
     (broken / SETTINGS).write_text('{"seed": ')
-    start(backbone, line, lengths=(260,), cases=1)
-    (line / CASES).write_text('{"case": "a"}\n' + (line / CASES).read_text("utf-8"))
+    for folder, text in ((line, '{"id": "a"}\n'), (empty, "[]\n")):
+        start(backbone, folder, cases=MADE[:1])
+        (folder / CASES).write_text(text + (folder / CASES).read_text("utf-8"))
     file.write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for folder, said in ((training, "no quality run"), (broken, "can't be read"), (line, "line 1"), (file, "file")):
+    for folder, said in (
+        (training, "no quality run"), (broken, "can't be read"), (line, "line 1"), (empty, "line 1"), (file, "file"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=said):
-            start(backbone, folder, lengths=(260,), cases=1)
+            start(backbone, folder, cases=MADE[:1])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_cells_that_can_not_be_measured_are_named(backbone: Backbone, whole: list[CaseResult]) -> None:
-    measured = start(backbone, lengths=(260, 340, POSITIONS), spans=(40, 250), cases=1)
-    assert [one for one in numbers(measured) if one.span == 40] == whole[:8]
-    assert {(one.task, one.length, one.span) for one in measured.left_out} == {
-        ("all", 260, 250), ("all", 340, 250), ("span_neighbor", POSITIONS, 40), ("span_neighbor", POSITIONS, 250),
-    }  # fmt: skip
-    reasons = {one.length: one.reason for one in measured.left_out}
-    assert "60% of the context" in reasons[260] and f"has {POSITIONS}" in reasons[POSITIONS]
+def test_cells_that_are_too_long_are_named_whole(backbone: Backbone, measured: list[list[str]]) -> None:
+    long, given = Cell("test", "long", 900), LeftOut(Cell("niah", "needle", 9), "too short")
+    text = f"{CONTEXT} {'The sea was grey. ' * 40}"
+    cases = [*MADE[:2], bench_case("short", WHEN, cell=long), bench_case("long", WHEN, context=text, cell=long)]
+    run = run_cases(backbone, METHODS, OWN, cases, [given])
+    # Without its longest cases it would be another cell.
+    assert [result.id for result in run.results] == ["a", "b"] and measured == [["a", "b"]]
+    assert [one.cell for one in run.left_out] == [given.cell, long]
+    assert f"tiny-llama has {POSITIONS}" in run.left_out[1].reason
+    assert any(str(size) in run.left_out[1].reason for size in range(POSITIONS + 1, POSITIONS + NOTICE_TOKENS))
+    with pytest.raises(InputError, match=r"nothing to measure \(test/long.*shorter lengths"):
+        run_cases(backbone, METHODS, OWN, cases[2:])
+    with pytest.raises(InputError, match=r"nothing to measure \(no cases\)"):
+        run_cases(backbone, METHODS, OWN, [])
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("given", "said"),
     [
-        ({"tasks": ("noodle",)}, "'noodle': there are span_neighbor, needle"),
-        ({"tasks": ()}, "no held-out task given"),
-        ({"tasks": ("needle", "needle")}, "give each once"),
-        ({"lengths": (260, 260)}, "give each once"),
-        ({"lengths": ()}, "lengths is"),
-        ({"lengths": (0,)}, "lengths is"),
-        ({"spans": (-5,)}, "spans is"),
-        ({"cases": 0}, "cases is"),
-        ({"spans": (300,)}, "shorter spans"),
-        ({"lengths": (POSITIONS,)}, "nothing to measure.*shorter lengths"),
-        ({"lengths": (99_999,)}, "span of 40 in 99999 tokens.*longer corpus"),
-        ({"tasks": ("span_neighbor", "needle")}, "no cases of needle.*at least 150"),
+        ({"cases": [bench_case(erase=[Text("Nothing.")])]}, "case a: 'Nothing.' is not in the context"),
+        ({"cases": [bench_case("x", context=" ")]}, "case x: the context is empty"),
+        ({"methods": [*METHODS, make_method("mask")]}, "mask: give each once"),
+        ({"cases": []}, "nothing to measure"),
     ],
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is(
-    backbone: Backbone, tmp_path: Path, measured_cases: list[str], other: dict[str, object], said: str
+    backbone: Backbone, tmp_path: Path, measured: list[list[str]], given: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        start(backbone, tmp_path / "run", **other)
-    assert not measured_cases and not (tmp_path / "run").exists()
+        start(backbone, tmp_path / "run", **given)
+    assert not measured and not (tmp_path / "run").exists()
 
 
-def test_an_empty_corpus_and_a_method_given_twice_are_refused(backbone: Backbone) -> None:
-    with pytest.raises(InputError, match="no words"):
-        run_suite(backbone, [], METHODS, SETTINGS_OF_ALL)
-    with pytest.raises(InputError, match="each once"):
-        run_suite(backbone, CORPUS, [*METHODS, make_method("mask")], SETTINGS_OF_ALL)
-
-
-def test_tasks_are_judged_and_every_figure_is_there() -> None:
+def test_tasks_are_judged_and_every_figure_is_there(tmp_path: Path) -> None:
     backbone = tiny_backbone(max_position_embeddings=4 * POSITIONS)
-    settings = QualitySettings(("needle", "stale"), (1200,), (150,), cases=1, seed=0, corpus="people")
-    measured = run_suite(backbone, test_tasks.PASSAGES, METHODS[:1], settings)
-    result = to_json(measured, backbone, settings, METHODS[:1])
+    plan = plan_suite("heldout", ("needle", "stale"), (1200,), (150,), 1)
+    settings = QualitySettings((plan,), seed=0, corpus="people")
+    cases, left_out = make_cases(backbone.tokenizer, settings, test_tasks.PASSAGES)
+    measured = run_cases(backbone, METHODS[:1], settings, cases, left_out)
+    result = to_json(measured, backbone, settings, METHODS[:1], 7.5)
     assert [row["task"] for row in result["rows"][:6]] == ["needle"] * 3 + ["stale"] * 3
+    assert (result["seconds"], result["settings"]["methods"], result["settings"]["corpus"]) == (7.5, ["mask"], "people")
+    assert {"machine", "versions", "commit", "backbone", "eraser"} <= set(result)
     for row in result["rows"]:
-        assert {None, "nan"}.isdisjoint(map(str, row.values())) and None not in row.values()
+        # No question of these tasks names a secret, and no cell has a distance or a depth of its own.
+        unset = {name for name, value in row.items() if value is None}
+        assert unset <= {"leak_rate", "distance", "depth"} and "nan" not in map(str, row.values())
         assert row["fidelity_low"] <= row["fidelity"] <= row["fidelity_high"]
         if row["method"] == "none":
             assert row["fidelity"] == 0 and row["kl"] == row["kl_unerased"] > 0.01
         if row["method"] == "recompute":
-            assert row["kl"] == row["leak"] == row["no_harm"] == 0 and row["fidelity"] == 1
-
-
-def test_the_command_prints_rows_and_resumes(run: Run, model: str, tmp_path: Path) -> None:  # noqa: F811
-    corpus, output = tmp_path / "corpus.txt", tmp_path / "run"
-    corpus.write_text("\n\n".join(CORPUS))
-    asked = (
-        "bench", "quality", "--corpus", str(corpus), "--model", model, "--tasks", "span_neighbor", "--lengths", "260",
-        "--spans", "40,200", "--cases", "1", "--output", str(output),
-    )  # fmt: skip
-    result = read(run(*asked, "--methods", "mask; shift", "--json"))
-    assert [row["method"] for row in result["rows"][:4]] == ["none", "recompute", "mask", "shift"]
-    assert result["settings"]["methods"] == ["mask", "shift"] and result["settings"]["corpus"] == "corpus.txt"
-    assert result["left_out"] == [
-        {"task": "all", "length": 260, "span": 200, "reason": "the span is over 60% of the context"}
-    ]
-    kept = (output / CASES).read_bytes()
-    assert {json.loads(line)["method"] for line in kept.splitlines()} == {"none", "recompute", "mask", "shift"}
-    assert read(run(*asked, "--methods", "mask; shift", "--json"))["rows"] == result["rows"]
-    assert (output / CASES).read_bytes() == kept
-    code, out, err = run(*asked, "--methods", "mask; shift")
-    assert code == 0 and "Quality" in out and "Left out: all, span 200 of 260 tokens" in err
-    assert "its methods" in one_line(run(*asked, "--methods", "mask"), cli.FAILURE)
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "said"),
-    [
-        (("--suite", "other"), cli.USAGE, "there is heldout"),
-        (("--lengths", "512,,1024"), cli.USAGE, "--lengths '512,,1024'"),
-        (("--spans", "fifty"), cli.USAGE, "--spans 'fifty'"),
-        (("--cases", "0"), cli.USAGE, "--cases"),
-        (("--tasks", "needle, noodle"), cli.FAILURE, "'noodle'"),
-        (("--tasks", ""), cli.FAILURE, "no held-out task ''"),
-        (("--methods", "maks"), cli.USAGE, "did you mean mask"),
-        (("--lengths", "0"), cli.FAILURE, "numbers from 1 on"),
-    ],
-)
-def test_mistakes_end_in_one_line_before_anything_is_loaded(
-    run: Run,  # noqa: F811
-    options: tuple[str, ...],
-    code: int,
-    said: str,
-) -> None:
-    assert said in one_line(run("bench", "quality", "--corpus", "nowhere.txt", *options), code)
+            assert abs(row["kl"]) < 1e-5 and row["leak"] == 0 and row["fidelity"] == pytest.approx(1, abs=1e-4)
+            assert row["em"] == row["em_exact"]
+    write_result(tmp_path, result)
+    assert json.loads((tmp_path / RESULT).read_text("utf-8")) == json.loads(json.dumps(result))
+    assert [path.name for path in tmp_path.iterdir()] == [RESULT]
+    with pytest.raises(InputError, match="can't keep the run"):
+        write_result(tmp_path / RESULT, result)

@@ -127,7 +127,9 @@ def test_intervals_are_a_bootstrap_over_contexts() -> None:
     assert cell.kl_low < cell.kl < cell.kl_high
     many = [result(str(place), asked("influence", 1 + place, place**1.5, 3.0 + 2 * place)) for place in range(12)]
     first, second = (cell_row(rows_of(many, seed)) for seed in (7, 8))
-    assert intervals(first) == pytest.approx(by_hand([(place**1.5, 3 + 2 * place, 1 + place) for place in range(12)], 7))
+    assert intervals(first) == pytest.approx(
+        by_hand([(place**1.5, 3 + 2 * place, 1 + place) for place in range(12)], 7)
+    )
     assert intervals(first) != intervals(second) and rows_of(many, seed=7) == rows_of(many, seed=7)
 
 

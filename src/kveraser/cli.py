@@ -13,6 +13,7 @@ from kveraser.bench.commands import train as bench_train
 from kveraser.bench.commands import variants
 from kveraser.bench.commands_latency import latency
 from kveraser.bench.commands_quality import quality, sharing
+from kveraser.bench.commands_report import report
 from kveraser.console import RECEIPT_COLUMNS, bar, emit, print_answers, print_document, print_rows, receipt_row, say
 from kveraser.errors import InputError, KVEraserError, MethodError
 from kveraser.options import (
@@ -53,6 +54,7 @@ app.command()(train)
 bench.command()(latency)
 bench.command()(quality)
 bench.command()(sharing)
+bench.command()(report)
 bench.command("train")(bench_train)
 bench.command()(variants)
 

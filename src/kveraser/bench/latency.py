@@ -30,7 +30,7 @@ FILLER = (
     "The harbour office keeps a ledger of every ship that comes in. The clerk notes the hour, the cargo and the "
     "captain's name, and at the end of the week the sheets are sewn together and put on the shelf. "
 )
-QUESTION = "\n\nQuestion: What does the clerk of the harbour office write down about a ship?\nAnswer:"
+QUESTION = "\n\nQuestion: What does the clerk note for every ship?\nAnswer: For every ship, the clerk notes"
 DECODED_TOKENS = 8
 ANSWER_TOKENS = 16
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kveraser.bench.case import ALL, Cell, LeftOut
@@ -12,14 +12,28 @@ from kveraser.errors import InputError
 
 
 @dataclass(frozen=True)
+class Only:
+    """Of a task, the values of an axis that are measured."""
+
+    task: str
+    axis: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SuitePlan:
-    """One suite of a run: which tasks, context lengths and span lengths in tokens, and how many cases a cell."""
+    """One suite of a run: which tasks, context lengths and span lengths in tokens, and how many cases a cell.
+
+    Attributes:
+        only: of some tasks, the values of an axis of `Cell` that are measured; without it all are.
+    """
 
     suite: str
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     spans: tuple[int, ...]
     cases: int
+    only: tuple[Only, ...] = ()
 
     def __post_init__(self) -> None:
         known = SUITES[self.suite].tasks
@@ -35,6 +49,10 @@ class SuitePlan:
         for name, values in (("tasks", self.tasks), ("lengths", self.lengths), ("spans", self.spans)):
             if len(set(values)) < len(values):
                 raise InputError(f"{name} is {values}: give each once")
+
+    def wants(self, cell: Cell) -> bool:
+        """Whether a cell that the suite makes is measured."""
+        return all(getattr(cell, one.axis) in one.values for one in self.only if one.task == cell.task)
 
 
 @dataclass(frozen=True)
@@ -101,10 +119,12 @@ class Profile:
 
     Attributes:
         suites: name, context lengths and span lengths, all tasks of each.
+        only: see `SuitePlan`.
         cases: of every cell.
     """
 
     suites: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    only: tuple[Only, ...]
     cases: int
 
 
@@ -112,12 +132,17 @@ PROFILES = {
     # Ends within 45 minutes on two cores: short contexts, in which every method has the same to undo.
     "cpu": Profile(
         (
-            ("niah", (512,), ()),
-            ("longqa", (512,), ()),
+            ("niah", (384,), ()),
+            ("longqa", (384,), ()),
             ("scenarios", (320,), (64,)),
             ("chains", (448,), ()),
-            ("sweeps", (512,), (8, 32, 128)),
+            ("sweeps", (384,), (8, 128)),
             ("leak", (256,), ()),
+        ),
+        (
+            Only("needle", "depth", (0.0, 0.5, 1.0)),
+            Only("distance", "distance", (0, 256)),
+            Only("span_count", "spans", (2, 8)),
         ),
         50,
     )
@@ -140,7 +165,10 @@ def profile_plans(
         raise InputError(f"no profile {name!r}: there are {', '.join(PROFILES)}")
     profile = PROFILES[name]
     plans = [
-        plan_suite(suite, None, lengths, spans or None, profile.cases if cases is None else cases)
+        replace(
+            plan_suite(suite, None, lengths, spans or None, profile.cases if cases is None else cases),
+            only=tuple(one for one in profile.only if one.task in SUITES[suite].tasks),
+        )
         for suite, lengths, spans in profile.suites
         if suite != "longqa" or dataset is not None
     ]

@@ -107,8 +107,10 @@ class _Measuring:
                 costs.append(cost)
                 attacked.append(self._attacked())
                 rows.add(self.cache)
-            if method is chosen[-1] or (len(rows.states) + 1) * max(rows.slots) > ROW_SLOTS:
-                replies += _answer(rows, self.case.asked, self.unerased)
+            full = (len(rows.states) + 1) * max(rows.slots) > ROW_SLOTS
+            # The exact reference speaks first: most methods say what it says, or what was said before the erase.
+            if full or method in (chosen[0], chosen[-1]):
+                replies += _answer(rows, self.case.asked, [replies[0], *replies[1:2]])
                 rows = Rows(self.backbone)
         exact = replies[1]
         fresh = self._fresh() if check else [reply.scores for reply in exact]
@@ -199,30 +201,32 @@ def _row(backbone: Backbone, cache: EditableCache) -> Rows:
     return rows
 
 
-def _answer(rows: Rows, asked: Sequence[Asked], drafts: Sequence[_Reply] = ()) -> list[list[_Reply]]:
+def _answer(rows: Rows, asked: Sequence[Asked], others: Sequence[Sequence[_Reply]] = ()) -> list[list[_Reply]]:
     """What every row says: forced answers are scored in one pass, greedy ones decoded where no draft holds.
 
     Args:
-        drafts: what another cache answered to the questions; most caches answer alike.
+        others: what other caches said to the questions; most caches answer alike.
     """
     ends = end_tokens(rows.backbone)
-    drafted: dict[int, tuple[int, ...]] = {}
-    for place, draft in enumerate(drafts):
-        if draft.spoken is not None:
+    drafts: dict[tuple[int, tuple[int, ...]], None] = {}
+    for place, reply in (one for other in others for one in enumerate(other)):
+        if reply.spoken is not None:
             # An answer that was cut at the limit has no end to confirm.
-            cut = len(draft.spoken) == ANSWER_TOKENS
-            drafted[place] = draft.spoken if cut else (*draft.spoken, *sorted(ends)[:1])
+            cut = len(reply.spoken) == ANSWER_TOKENS
+            drafts[place, reply.spoken if cut else (*reply.spoken, *sorted(ends)[:1])] = None
     pairs: list[Pair] = [(one.prompt, one.answer) for one in asked]
-    scored = rows.score([*pairs, *((asked[place].prompt, draft) for place, draft in drafted.items())])
+    scored = rows.score([*pairs, *((asked[place].prompt, draft) for place, draft in drafts)])
     spoken: list[dict[int, tuple[int, ...]]] = [
         {place: () for place, one in enumerate(asked) if one.judged} for _ in scored
     ]
     unfinished: list[list[int]] = []
     for said, scores in zip(spoken, scored, strict=True):
         finished = set()
-        for (place, tokens), confirming in zip(drafted.items(), scores[len(asked) :], strict=True):
-            said[place], ended = _held(tokens, confirming, ends)
-            if ended or len(said[place]) == ANSWER_TOKENS:
+        for (place, draft), confirming in zip(drafts, scores[len(asked) :], strict=True):
+            held, ended = _held(draft, confirming, ends)
+            # Drafts agree as far as they are both greedy, so the longest says most.
+            said[place] = max(said[place], held, key=len)
+            if ended or len(held) == ANSWER_TOKENS:
                 finished.add(place)
         unfinished.append([place for place in said if place not in finished])
     open_rows = [row for row, places in enumerate(unfinished) if places]

@@ -72,8 +72,8 @@ def make_cases(
         made = SUITES[plan.suite].make(
             SuiteSettings(tokenizer, plan.tasks, plan.lengths, plan.spans, plan.cases, settings.seed, passages, dataset)
         )
-        cases += made.cases
-        left_out += made.left_out
+        cases += [case for case in made.cases if plan.wants(case.cell)]
+        left_out += [one for one in made.left_out if plan.wants(one.cell)]
     seen: set[str] = set()
     for case in cases:
         if case.id in seen:
