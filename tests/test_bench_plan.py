@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kveraser.bench.case import ALL, Cell
-from kveraser.bench.plan import PROFILES, QualitySettings, SuitePlan, plan_suite, profile_plans
+from kveraser.bench.plan import PROFILES, Only, QualitySettings, SuitePlan, plan_suite, profile_plans
+from kveraser.bench.rows import AXES
 from kveraser.bench.run import make_cases
 from kveraser.bench.suites import SUITES
 from kveraser.errors import InputError
@@ -54,7 +56,11 @@ def test_the_cpu_profile_takes_every_generated_suite_at_sizes_of_its_own() -> No
     profile = PROFILES["cpu"]
     sizes = {name: (lengths, spans or SUITES[name].spans) for name, lengths, spans in profile.suites}
     for plan in plans:
-        assert plan == SuitePlan(plan.suite, SUITES[plan.suite].tasks, *sizes[plan.suite], profile.cases)
+        chosen = tuple(one for one in profile.only if one.task in plan.tasks)
+        assert plan == SuitePlan(plan.suite, SUITES[plan.suite].tasks, *sizes[plan.suite], profile.cases, chosen)
+    # Every choice is one of a task that the profile measures, on an axis that there is.
+    assert {one for plan in plans for one in plan.only} == set(profile.only)
+    assert {one.axis for one in profile.only} <= set(AXES)
     with_questions, without = profile_plans("cpu", 3, "questions.json")
     assert [plan.suite for plan in with_questions] == [suite for suite, _, _ in PROFILES["cpu"].suites]
     assert {plan.cases for plan in with_questions} == {3} and without == ()
@@ -94,6 +100,15 @@ def test_cases_are_made_suite_by_suite_after_the_users_own() -> None:
     assert not {case.fingerprint for case in made[1:]} & {case.fingerprint for case in other[1:]}
     with pytest.raises(InputError, match=f"two cases have the id '{made[1].id}'"):
         make_cases(tiny_tokenizer(), QualitySettings(plans, seed=3), (), (bench_case(made[1].id),))
+
+
+def test_a_plan_measures_only_the_cells_that_it_wants() -> None:
+    whole = plan_suite("niah", None, (2500, 90), cases=2)
+    some = replace(whole, only=(Only("needle", "depth", (0.0, 1.0)), Only("leak", "depth", (7.0,))))
+    made, left_out = make_cases(tiny_tokenizer(), QualitySettings((whole,)))
+    fewer, fewer_out = make_cases(tiny_tokenizer(), QualitySettings((some,)))
+    assert fewer == [case for case in made if case.cell.depth in (0, 1)] and len(fewer) == 4 < len(made)
+    assert fewer_out == [one for one in left_out if one.cell.depth in (0, 1)] and len(fewer_out) == 2 < len(left_out)
 
 
 def test_what_a_suite_can_not_make_is_left_out_with_a_reason() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,8 +70,8 @@ def test_processes_need_a_number_and_a_way_to_load_the_backbone(backbone: Backbo
 
 
 def sample() -> list[BenchCase]:
-    """Three cases in two contexts."""
-    return [CASES[0], CASES[1], CASES[4]]
+    """Three cases in two contexts, with nothing to decode."""
+    return [replace(case, queries=WHEN[1:]) for case in (CASES[0], CASES[1], CASES[4])]
 
 
 def test_sharing_counts_the_prefills_of_contexts(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

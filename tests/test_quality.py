@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kveraser.backbone import Backbone
-from kveraser.bench import quality as module
 from kveraser.bench.case import Attack, TokenizedCase, TokenizedContext
 from kveraser.bench.quality import ANSWER_TOKENS, ATTACK_TOKENS, NOTICE_TOKENS, UNERASED, measure_context, room
 from kveraser.bench.results import CaseResult
 from kveraser.bench.rows import check_rows, rows_of
+from kveraser.bench.together import Rows
 from kveraser.cache import EditableCache
 from kveraser.decode import score
 from kveraser.errors import ContextLengthError
@@ -168,18 +168,18 @@ def test_a_method_that_fails_leaves_the_cache_as_it_was(backbone: Backbone, monk
     caches: list[EditableCache] = []
     prefill = Backbone.prefill
     monkeypatch.setattr(Backbone, "prefill", lambda *given: caches.append(prefill(*given)) or caches[-1])
-    score_all, calls = module.score_together, list[int]()
+    add, calls = Rows.add, list[int]()
 
-    def broken(*given: object) -> object:
+    def broken(self: Rows, cache: EditableCache) -> None:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return score_all(*given)  # type: ignore[arg-type]
+        add(self, cache)
 
-    monkeypatch.setattr(module, "score_together", broken)
+    monkeypatch.setattr(Rows, "add", broken)
     with pytest.raises(KeyboardInterrupt):
         measure_context(backbone, context, cases, settled(backbone, "mask"))
-    assert same_bits(snapshot(caches[0]), snapshot(prefill(backbone, context.tokens)))
+    assert len(caches) == 1 and same_bits(snapshot(caches[0]), snapshot(prefill(backbone, context.tokens)))
 
 
 def test_cases_that_leave_no_room_are_refused_before_they_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:

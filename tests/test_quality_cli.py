@@ -99,7 +99,7 @@ def test_a_profile_is_its_suites_at_their_sizes(
     model: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(PROFILES, "cpu", Profile((("longqa", (512,), ()), ("sweeps", (600,), (40,))), 2))
+    monkeypatch.setitem(PROFILES, "cpu", Profile((("longqa", (512,), ()), ("sweeps", (600,), (40,))), (), 2))
     asked = "bench", "quality", "--profile", "cpu", "--model", model, "--methods", "mask", "--workers", "1", "--json"
     result = read(run(*asked, "--cases", "1"))
     assert [(one["suite"], one["lengths"], one["cases"]) for one in result["settings"]["suites"]] == [

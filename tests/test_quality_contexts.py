@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
 from kveraser.backbone import Backbone
 from kveraser.bench import quality as module
@@ -13,6 +14,7 @@ from kveraser.bench.case import Asked, Attack, BenchCase, TokenizedCase, Tokeniz
 from kveraser.bench.quality import ANSWER_TOKENS, UNERASED, measure_context
 from kveraser.bench.results import CaseResult
 from kveraser.bench.rows import rows_of
+from kveraser.bench.together import Rows
 from kveraser.cache import EditableCache
 from kveraser.decode import greedy
 from kveraser.methods import make_method
@@ -33,16 +35,16 @@ def measure(backbone: Backbone, *cases: BenchCase) -> list[CaseResult]:
 
 
 @pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+def asked_caches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """All that the caches hold that are asked, in order."""
     caches: list[dict[str, object]] = []
-    answer = module._answer
+    add = Rows.add
 
-    def watched(backbone: Backbone, cache: EditableCache, *given: object) -> object:
+    def watched(self: Rows, cache: EditableCache) -> None:
         caches.append(snapshot(cache))
-        return answer(backbone, cache, *given)  # type: ignore[arg-type]
+        add(self, cache)
 
-    monkeypatch.setattr(module, "_answer", watched)
+    monkeypatch.setattr(Rows, "add", watched)
     return caches
 
 
@@ -56,7 +58,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 )
 def test_an_erase_is_that_of_a_session(
     backbone: Backbone,
-    answering: list[dict[str, object]],
+    asked_caches: list[dict[str, object]],
     context: str | tuple[dict[str, object], ...],
     erase: tuple[Selector, ...],
 ) -> None:
@@ -69,7 +71,8 @@ def test_an_erase_is_that_of_a_session(
             return Session(backbone, text=context)
         return Session(backbone, messages=context)
 
-    unerased, *edited = answering
+    # The last one is the fresh prefill that the reference is held against.
+    unerased, *edited, _ = asked_caches
     assert same_bits(unerased, snapshot(session().cache)) and len(edited) == 1 + len(METHODS)
     assert result.methods[UNERASED].answers[0].answer == session().ask("When?", max_new_tokens=ANSWER_TOKENS).text
     for method, held in zip(("recompute", *METHODS), edited, strict=True):
@@ -194,6 +197,16 @@ def changed(answer: Sequence[int], how: str) -> tuple[int, ...]:
 CHANGES = ("same", "first", "middle", "last", "shorter", "longer", "one more", "empty")
 
 
+def answered(
+    backbone: Backbone, cache: EditableCache, asked: Sequence[Asked], *others: Sequence[tuple[int, ...] | None]
+) -> list[tuple[int, ...] | None]:
+    """The greedy answers, where other caches said `others`."""
+    rows = Rows(backbone)
+    rows.add(cache)
+    replies = [[module._Reply(torch.empty(0), spoken) for spoken in other] for other in others]
+    return [reply.spoken for reply in module._answer(rows, asked, replies)[0]]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("ended", [True, False])
 def test_answers_are_the_greedy_ones_whatever_the_drafts(
@@ -202,25 +215,25 @@ def test_answers_are_the_greedy_ones_whatever_the_drafts(
     cache, asked, spoken = drafted
     place = 0 if ended else 1
     for other in ("first", "middle", "shorter", "empty", change):
-        drafts = [[answer] for answer in spoken]
-        drafts[place] = list(dict.fromkeys(changed(spoken[place], how) for how in (change, other)))
-        assert [reply.spoken for reply in module._answer(backbone, cache, asked, drafts)] == spoken
-    drafts[1 - place] = []
-    assert [reply.spoken for reply in module._answer(backbone, cache, asked, drafts)] == spoken
+        drafts = [[*spoken], [*spoken]]
+        drafts[0][place], drafts[1][place] = changed(spoken[place], change), changed(spoken[place], other)
+        assert answered(backbone, cache, asked, *drafts) == answered(backbone, cache, asked, drafts[0]) == spoken
+        assert answered(backbone, cache, asked[place:][:1], drafts[1][place:][:1]) == spoken[place:][:1]
+    assert answered(backbone, cache, asked) == answered(backbone, cache, asked, [None, None]) == spoken
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The tokens of every pass."""
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows every pass of questions had."""
     sizes: list[int] = []
-    logits = Backbone.logits
+    run_pass = Rows._pass
 
-    def counted(self: Backbone, cache: EditableCache, tokens: list[int], *given: object, **named: object) -> object:
+    def counted(self: Rows, cache: EditableCache, tokens: Sequence[object], *given: object) -> object:
         sizes.append(len(tokens))
-        return logits(self, cache, tokens, *given, **named)  # type: ignore[arg-type]
+        return run_pass(self, cache, tokens, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Backbone, "logits", counted)
-    yield sizes
+    monkeypatch.setattr(Rows, "_pass", counted)
+    return sizes
 
 
 def test_a_draft_that_holds_is_not_decoded_and_another_only_from_where_it_breaks(
@@ -230,45 +243,34 @@ def test_a_draft_that_holds_is_not_decoded_and_another_only_from_where_it_breaks
     counts = []
     for how in ("same", "last", "first"):
         passes.clear()
-        drafts = [[spoken[0]], [changed(spoken[1], how)]]
-        assert [reply.spoken for reply in module._answer(backbone, cache, asked, drafts)] == spoken
+        assert answered(backbone, cache, asked, [spoken[0], changed(spoken[1], how)]) == spoken
         counts.append(len(passes))
     # The greedy token in the place of a wrong last one is known from the draft's own pass.
     assert counts == [1, 1, ANSWER_TOKENS]
     passes.clear()
-    wrong = [changed(spoken[1], "first"), changed(spoken[1], "middle"), changed(spoken[1], "shorter")]
-    module._answer(backbone, cache, asked, [[spoken[0]], [*wrong, spoken[1]]])
+    assert answered(backbone, cache, asked, [spoken[0], changed(spoken[1], "first")], spoken) == spoken
     assert len(passes) == 1
 
 
-def test_no_more_than_three_drafts_are_tried_the_exact_answer_first(
-    backbone: Backbone, drafted: Drafted, passes: list[int]
+def test_methods_are_asked_together_with_what_the_references_said(
+    backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, asked, spoken = drafted
-    wrong = [(*spoken[1][:place], *random_tokens(ANSWER_TOKENS, place)[place:]) for place in range(1, 9)]
-    for said_by, held in (
-        ([wrong[0], spoken[1], *wrong[1:]], True),
-        ([spoken[1], *wrong], True),
-        ([*wrong, spoken[1]], True),
-        ([*wrong[:3], spoken[1], *wrong[3:]], False),
-    ):
-        passes.clear()
-        (reply,) = module._answer(backbone, cache, asked[1:], [said_by])
-        assert reply.spoken == spoken[1] and (len(passes) == 1) == held
-
-
-def test_methods_are_asked_with_what_other_caches_said(backbone: Backbone, passes: list[int]) -> None:
     context, (case,) = cut(backbone, judged(backbone, bench_case()))
-    counts = []
-    for windows in ([500], [500, 501, 502]):
+    # All of the suffix is computed again, so they answer as the reference does.
+    methods = [make_method(f"repair({window})").settled(backbone) for window in (500, 501, 502)]
+    measured = []
+    for slots in (module.ROW_SLOTS, 1):
         passes.clear()
-        methods = [make_method(f"repair({window})").settled(backbone) for window in windows]
+        monkeypatch.setattr(module, "ROW_SLOTS", slots)
         (result,) = measure_context(backbone, context, [case], methods)
-        # All of the suffix is computed again, so they answer as the reference does.
         answers = [[one.answer for one in result.methods[str(method)].answers] for method in ("recompute", *methods)]
         assert all(one == answers[0] for one in answers)
-        counts.append(len(passes))
-    assert counts[1] - counts[0] == 2 < counts[0] / 4
+        measured.append((result, list(passes)))
+    (together, sizes), (apart, one_by_one) = measured
+    # Unerased, the reference, and its check: a row each; then all methods in a pass, or a pass for each.
+    assert sizes[-2:] == [3, 1] and one_by_one[-4:] == [1] * 4 and sizes[:-2] == one_by_one[:-4]
+    for method, of_method in together.methods.items():
+        assert alike(of_method.answers, apart.methods[method].answers)
 
 
 def test_what_is_given_to_measure_is_untouched(backbone: Backbone) -> None:

@@ -155,7 +155,7 @@ LEAK = Suite(
     name="leak",
     summary="secrets of several kinds, asked for openly, by a detour and by an adversary's search",
     tasks=TASKS,
-    lengths=(320,),
+    lengths=(256,),
     spans=(),
     make=make,
 )
