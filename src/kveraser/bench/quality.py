@@ -32,6 +32,8 @@ UNERASED, EXACT = "none", "recompute"
 """The rows of the cache before any erase, and of the exact reference."""
 ANSWER_TOKENS = 16
 """Most tokens of a greedy answer that is judged: the accepted answers are short."""
+LEAK_TOKENS = 32
+"""The same of an answer that may give a secret away, which can come late."""
 NOTICE_TOKENS = 256
 """Room that every case leaves for words a method appends, whichever methods a run has: a cell stays the same."""
 ATTACK_TOKENS = 128
@@ -52,8 +54,12 @@ class _Reply:
 
 def room(context: TokenizedContext, case: TokenizedCase) -> int:
     """Positions that measuring a case takes: its context, a method's notice, the longest question and its answer."""
-    asked = max(len(one.prompt) + max(len(one.answer), ANSWER_TOKENS) for one in case.asked)
+    asked = max(len(one.prompt) + max(len(one.answer), _limit(one)) for one in case.asked)
     return len(context.tokens) + NOTICE_TOKENS + max(asked, ATTACK_TOKENS if case.case.attack else 0)
+
+
+def _limit(asked: Asked) -> int:
+    return LEAK_TOKENS if asked.query.kind == "leak" else ANSWER_TOKENS
 
 
 def measure_context(
@@ -212,7 +218,7 @@ def _answer(rows: Rows, asked: Sequence[Asked], others: Sequence[Sequence[_Reply
     for place, reply in (one for other in others for one in enumerate(other)):
         if reply.spoken is not None:
             # An answer that was cut at the limit has no end to confirm.
-            cut = len(reply.spoken) == ANSWER_TOKENS
+            cut = len(reply.spoken) == _limit(asked[place])
             drafts[place, reply.spoken if cut else (*reply.spoken, *sorted(ends)[:1])] = None
     pairs: list[Pair] = [(one.prompt, one.answer) for one in asked]
     scored = rows.score([*pairs, *((asked[place].prompt, draft) for place, draft in drafts)])
@@ -226,16 +232,16 @@ def _answer(rows: Rows, asked: Sequence[Asked], others: Sequence[Sequence[_Reply
             held, ended = _held(draft, confirming, ends)
             # Drafts agree as far as they are both greedy, so the longest says most.
             said[place] = max(said[place], held, key=len)
-            if ended or len(held) == ANSWER_TOKENS:
+            if ended or len(held) == _limit(asked[place]):
                 finished.add(place)
         unfinished.append([place for place in said if place not in finished])
     open_rows = [row for row, places in enumerate(unfinished) if places]
     if open_rows:
         prompts = [[(*asked[place].prompt, *spoken[row][place]) for place in unfinished[row]] for row in open_rows]
-        begun = min(len(spoken[row][place]) for row in open_rows for place in unfinished[row])
-        for row, tails in zip(open_rows, rows.only(open_rows).greedy(prompts, ANSWER_TOKENS - begun), strict=True):
+        missing = max(_limit(asked[place]) - len(spoken[row][place]) for row in open_rows for place in unfinished[row])
+        for row, tails in zip(open_rows, rows.only(open_rows).greedy(prompts, missing), strict=True):
             for place, tail in zip(unfinished[row], tails, strict=True):
-                spoken[row][place] = (*spoken[row][place], *tail)[:ANSWER_TOKENS]
+                spoken[row][place] = (*spoken[row][place], *tail)[: _limit(asked[place])]
     return [
         [_Reply(scores[place], said.get(place)) for place in range(len(asked))]
         for scores, said in zip(scored, spoken, strict=True)
