@@ -69,6 +69,26 @@ def test_processes_need_a_number_and_a_way_to_load_the_backbone(backbone: Backbo
         list(measure_all(backbone, [], [Work(context, tuple(cases))], count))
 
 
+def load_and_die() -> Backbone:
+    """A worker that is killed while it loads, as one that takes too much memory is."""
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_said_so(backbone: Backbone) -> None:
+    context, cases = cut(backbone, CASES[0])
+    with pytest.raises(InputError, match=r"one of 2 processes ended before its time.*fewer workers"):
+        list(measure_all(backbone, [], [Work(context, tuple(cases))], 2, load_and_die))
+
+
+def test_a_process_ends_with_the_run_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    parent = SimpleNamespace(join=lambda: ended.append("joined"))
+    monkeypatch.setattr(workers.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(workers.os, "_exit", lambda code: ended.append(f"exit {code}"))
+    workers._end_with_parent()
+    assert ended == ["joined", "exit 1"]
+
+
 def sample() -> list[BenchCase]:
     """Three cases in two contexts, with nothing to decode."""
     return [replace(case, queries=WHEN[1:]) for case in (CASES[0], CASES[1], CASES[4])]

