@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kveraser.attention import SHARED_HEADS, share_heads
 from kveraser.cache import EditableCache
 from kveraser.eraser import Eraser
 from kveraser.errors import BackboneError, ContextLengthError, EraserError, UnsupportedModelError
@@ -96,6 +97,7 @@ class Backbone:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
             model = model.to(device)
+            share_heads(model)
         except Exception as error:
             reason = (str(error).splitlines() or ["no reason given"])[0]
             raise BackboneError(
@@ -281,7 +283,7 @@ class Backbone:
         if implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min
             visible = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill(~visible, lowest)
-        elif implementation != "sdpa":
+        elif implementation not in ("sdpa", SHARED_HEADS):
             raise BackboneError(
                 f"{self.name} runs with attention '{implementation}', which takes no mask of its own: "
                 "load it with attn_implementation='sdpa'"

@@ -36,8 +36,8 @@ def demo_table(result: Mapping[str, Any]) -> str:
 
 def latency_table(result: Mapping[str, Any]) -> str:
     """Milliseconds an erase takes, a row a method and a column a context length."""
-    lengths = result["settings"]["lengths"]
     rows = result["rows"]
+    lengths = list(dict.fromkeys(row["context"] for row in rows))
     cells = {(row["method"], row["context"]): f"{row['seconds'] * 1000:.0f}" for row in rows}
     floors = {row["context"]: f"{row['floor_seconds'] * 1000:.0f}" for row in rows}
     lines = [

@@ -1,0 +1,64 @@
+"""Attention on a CPU without copies: heads that share keys and values read the same ones.
+
+transformers repeats keys and values for every query head whenever a mask is given, since other devices have no kernel
+for that case. On a CPU the kernel of torch takes shared heads as they are, and a step over a long cache spends most of
+its time on those copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SHARED_HEADS = "kveraser_shared_heads"
+"""The name of this attention in a model's configuration."""
+
+
+def share_heads(model: Any) -> None:
+    """Let a model on a CPU that runs `sdpa` attention run this one instead; others stay as they are."""
+    grouped = getattr(model.config, "num_key_value_heads", None) not in (None, model.config.num_attention_heads)
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa" or not grouped:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    # Under a name of its own: other models of this process keep theirs.
+    AttentionInterface.register(SHARED_HEADS, attend)
+    AttentionMaskInterface.register(SHARED_HEADS, sdpa_mask)
+    model.set_attn_implementation(SHARED_HEADS)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention, to the bit that of transformers' `sdpa`.
+
+    Args:
+        query: `[batch, heads, tokens, head_dim]`.
+        key, value: `[batch, kv_heads, slots, head_dim]`.
+        attention_mask: as `sdpa` takes it. Without one, with gradients or with options, `sdpa` itself runs.
+
+    Returns:
+        `[batch, tokens, heads, head_dim]`, and no attention weights.
+    """
+    gradients = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
+    special = any(options.get(name) is not None for name in ("position_bias", "cache")) or dropout > 0
+    if attention_mask is None or gradients or special:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return output, None
+    shared = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+    )
+    return shared.transpose(1, 2).contiguous(), None
