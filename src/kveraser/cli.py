@@ -76,7 +76,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _fail("interrupted: nothing was written", FAILURE)
+        _fail("interrupted: nothing is half-written, and runs that keep a folder go on from there", FAILURE)
     sys.exit(code if isinstance(code, int) else 0)
 
 
