@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint results results-eraser results-suites install backbone clean distclean
+.PHONY: help demo test lint results results-eraser results-suites peers install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
@@ -30,6 +30,7 @@ help:
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
 	@echo "make results-suites  measure all suites and methods again, and draw the figures (an hour on 2 cores; resumes)"
+	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
 	@echo "make clean      remove caches and build outputs"
@@ -92,6 +93,10 @@ results-suites: $(BACKBONE)
 	@cp build/report/*.png docs/results/figures/
 	@$(BIN)/python -m kveraser.bench.tables
 	@echo "Wrote docs/results and docs/results.md; the page with the single cases is build/report/index.html"
+
+# From source: there is no wheel of it. Needs cmake and a C++ compiler.
+peers: $(INSTALLED)
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) $(PIP) install -c constraints.txt -e '.[peers]'
 
 install: $(INSTALLED)
 

@@ -129,7 +129,7 @@ class Profile:
 
 
 PROFILES = {
-    # Ends within 45 minutes on two cores: short contexts, in which every method has the same to undo.
+    # About two hours on two cores: short contexts, in which every method has the same to undo.
     "cpu": Profile(
         (
             ("niah", (384,), ()),
