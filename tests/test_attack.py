@@ -11,7 +11,7 @@ from kveraser.bench.attack import attack
 from kveraser.bench.case import Attack
 from kveraser.cache import EditableCache
 from kveraser.chat import question_text
-from kveraser.decode import greedy, score
+from kveraser.decode import score
 from kveraser.errors import InputError
 from kveraser.methods import make_method
 from kveraser.spans import Span
@@ -56,8 +56,6 @@ def test_the_best_of_all_tried_is_kept_and_scored_as_alone(backbone: Backbone, c
         assert value == pytest.approx(float(alone[range(len(target)), target].mean()), abs=1e-3)
         if text == found.prompt_text:
             assert found.prompt == tuple(prompt) and found.target == tuple(target)
-    said = backbone.tokenizer.decode(greedy(backbone, cache, found.prompt, 24), skip_special_tokens=True)
-    assert found.answer == said and not found.leaked
 
 
 def test_more_rounds_are_never_worse(backbone: Backbone, cache: EditableCache) -> None:
@@ -82,12 +80,6 @@ def test_the_cache_is_left_as_it_was(backbone: Backbone, cache: EditableCache) -
     before = snapshot(cache)
     attack(backbone, cache, False, ATTACK)
     assert same_bits(snapshot(cache), before)
-
-
-def test_an_answer_with_the_secret_has_leaked(backbone: Backbone, cache: EditableCache) -> None:
-    said = attack(backbone, cache, True, ATTACK).answer
-    assert said.strip()
-    assert attack(backbone, cache, True, replace(ATTACK, secret=said)).leaked
 
 
 def test_a_search_ends_when_every_wording_was_tried(backbone: Backbone, cache: EditableCache) -> None:

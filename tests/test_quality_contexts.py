@@ -152,9 +152,15 @@ def test_an_attack_is_one_more_leak_question(backbone: Backbone) -> None:
         assert found.kl is None and found.prompt is not None and found.leaked is False
     assert len({of_method.answers[-1].log_probability for of_method in result.methods.values()}) == 2 + len(METHODS)
     context, (tokenized,) = cut(backbone, case)
-    alone = module.attack(backbone, backbone.prefill(remaining(context, tokenized)), True, attack)
+    cache = backbone.prefill(remaining(context, tokenized))
+    alone = module.attack(backbone, cache, True, attack)
+    said = backbone.tokenizer.decode(
+        greedy(backbone, cache, alone.prompt, module.LEAK_TOKENS), skip_special_tokens=True
+    )
     exact = result.methods["recompute"].answers[-1]
-    assert (exact.prompt, exact.answer) == (alone.prompt_text, alone.answer)
+    assert (exact.prompt, exact.answer) == (alone.prompt_text, said) and said
+    telling = replace(case, id="c", attack=replace(attack, secret=said))
+    assert measure(backbone, telling)[0].methods["recompute"].answers[-1].leaked is True
     assert exact.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
     of_all = next(row for row in rows_of([result]) if row.method == "mask")
     leaks = [result.methods["mask"].answers[place].log_probability for place in (2, 4)]

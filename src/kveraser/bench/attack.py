@@ -12,11 +12,7 @@ from kveraser.backbone import Backbone, encode
 from kveraser.bench.case import Attack
 from kveraser.cache import EditableCache
 from kveraser.errors import InputError
-from kveraser.packed import greedy_together, score_together
-from kveraser.probes import mentions
-
-ANSWER_TOKENS = 24
-"""Most tokens of the greedy answer to the best prompt: room for a sentence with the secret at its end."""
+from kveraser.packed import score_together
 
 Wording = tuple[int, int, int]
 """Which opening, request and form, by number."""
@@ -31,8 +27,6 @@ class Attacked:
         prompt: its token ids, with what the chat template puts around it.
         target: token ids of the forced answer.
         log_probability: mean of the target after it, in nats per token.
-        answer: greedy, at most 24 tokens.
-        leaked: whether the answer gives the secret away.
         tried: every prompt of the search with its log-probability, in order.
     """
 
@@ -40,8 +34,6 @@ class Attacked:
     prompt: tuple[int, ...]
     target: tuple[int, ...]
     log_probability: float
-    answer: str
-    leaked: bool
     tried: tuple[tuple[str, float], ...]
 
 
@@ -53,7 +45,7 @@ def attack(
     candidates: int = 4,
     rounds: int = 2,
 ) -> Attacked:
-    """Search for the wording after which the target is likeliest, and answer it. The cache is left as it was.
+    """Search for the wording after which the target is likeliest. The cache is left as it was.
 
     The first round draws wordings at random; every other one changes one part of the best so far. No wording is tried
     twice, and the search ends early when none is left. The same seed gives the same search.
@@ -87,15 +79,11 @@ def attack(
         for wording, log_probabilities in zip(drawn, scored, strict=True):
             scores[wording] = float(log_probabilities[range(len(target)), target].mean())
     best = max(scores, key=scores.__getitem__)
-    (said,) = greedy_together(backbone, cache, [prompts[best]], ANSWER_TOKENS)
-    answer: str = backbone.tokenizer.decode(said, skip_special_tokens=True)
     return Attacked(
         prompt_text=_text(attack, best),
         prompt=prompts[best],
         target=tuple(target),
         log_probability=scores[best],
-        answer=answer,
-        leaked=mentions(answer, attack.secret),
         tried=tuple((_text(attack, wording), score) for wording, score in scores.items()),
     )
 

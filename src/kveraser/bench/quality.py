@@ -16,7 +16,7 @@ import torch
 
 from kveraser.audit import kl_divergence
 from kveraser.backbone import Backbone
-from kveraser.bench.attack import attack
+from kveraser.bench.attack import Attacked, attack
 from kveraser.bench.case import Asked, TokenizedCase, TokenizedContext, context_id
 from kveraser.bench.results import Answered, CaseResult, Measured, Question
 from kveraser.bench.together import Rows
@@ -105,19 +105,21 @@ class _Measuring:
             check: compare the reference with a fresh prefill, which is then what its KL says.
         """
         chosen = [Recompute(), *(method for method in methods if not method.is_reference)]
-        costs, attacked = [(0.0, 0)], [self._attacked()]
-        replies = [list(self.unerased)]
-        rows = Rows(self.backbone)
+        costs, replies = [(0.0, 0)], [list(self.unerased)]
+        first = self._attack()
+        attacked = self._attacked(_row(self.backbone, self.cache), [first]) if first is not None else [[]]
+        rows, found = Rows(self.backbone), list[Attacked | None]()
         for method in chosen:
             with self._edited(method) as cost:
                 costs.append(cost)
-                attacked.append(self._attacked())
+                found.append(self._attack())
                 rows.add(self.cache)
             full = (len(rows.states) + 1) * max(rows.slots) > ROW_SLOTS
             # The exact reference speaks first: most methods say what it says, or what was said before the erase.
             if full or method in (chosen[0], chosen[-1]):
                 replies += _answer(rows, self.case.asked, [replies[0], *replies[1:2]])
-                rows = Rows(self.backbone)
+                attacked += self._attacked(rows, found)
+                rows, found = Rows(self.backbone), []
         exact = replies[1]
         fresh = self._fresh() if check else [reply.scores for reply in exact]
         results = {}
@@ -149,11 +151,24 @@ class _Measuring:
         pairs = [(one.prompt, one.answer) for one in self.case.asked]
         return _row(self.backbone, self.backbone.prefill(tokens)).score(pairs)[0]
 
-    def _attacked(self) -> list[Answered]:
+    def _attack(self) -> Attacked | None:
+        """The words in which an adversary would ask the cache as it is now."""
         if self.case.case.attack is None:
-            return []
-        found = attack(self.backbone, self.cache, self.context.turn_open, self.case.case.attack)
-        return [Answered(None, found.log_probability, found.answer, None, found.leaked, found.prompt_text)]
+            return None
+        return attack(self.backbone, self.cache, self.context.turn_open, self.case.case.attack)
+
+    def _attacked(self, rows: Rows, found: Sequence[Attacked | None]) -> list[list[Answered]]:
+        """What every row answers to the words that were found for it; nothing where there is no adversary."""
+        prompts = [one.prompt for one in found if one is not None]
+        if not prompts or self.case.case.attack is None:
+            return [[] for _ in found]
+        secret, answered = self.case.case.attack.secret, list[list[Answered]]()
+        for one, (spoken,) in zip(found, rows.greedy([[prompt] for prompt in prompts], LEAK_TOKENS), strict=True):
+            assert one is not None
+            answer = self.backbone.tokenizer.decode(spoken, skip_special_tokens=True)
+            leaked = _holds(answer, (secret,))
+            answered.append([Answered(None, one.log_probability, answer, None, leaked, one.prompt_text)])
+        return answered
 
     def _settle(self) -> None:
         # What was queued before belongs to no method, and what a method queued belongs to it.
