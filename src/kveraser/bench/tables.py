@@ -22,7 +22,7 @@ def demo_table(result: Mapping[str, Any]) -> str:
     lines = ["| method | exact | seconds | tokens recomputed | KL to exact | fidelity |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         if row["missing"]:
-            lines.append(f"| `{row['method']}` | | | | | {row['missing']} |")
+            lines.append(f"| `{row['method']}` | | | | | {row['missing'].removeprefix(row['method'] + ': ')} |")
             continue
         exact = "yes" if row["exact"] else "no"
         lines.append(
