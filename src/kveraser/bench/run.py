@@ -45,7 +45,7 @@ class QualityRun:
 
 @dataclass(frozen=True)
 class _Group:
-    """The cases of one context, and how far through its suite they stand."""
+    """The cases of one context, and how far through their cell they stand."""
 
     context: TokenizedContext
     cases: tuple[TokenizedCase, ...]
@@ -97,7 +97,7 @@ def run(
 ) -> QualityRun:
     """Measure all cases.
 
-    All are cut into tokens before the first is measured, so that what can't be measured is known at once. The suites
+    All are cut into tokens before the first is measured, so that what can't be measured is known at once. Cells
     take turns: a run that is stopped has measured about the same share of each.
 
     Args:
@@ -147,9 +147,9 @@ def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group
     contexts: dict[tuple[str, str], list[BenchCase]] = defaultdict(list)
     for case in cases:
         contexts[case.cell.suite, repr(case.context)].append(case)
-    suites: dict[str, list[_Group]] = defaultdict(list)
+    groups: dict[Cell, list[_Group]] = defaultdict(list)
     needed: dict[Cell, int] = defaultdict(int)
-    for (suite, _), together in contexts.items():
+    for together in contexts.values():
         try:
             context = tokenize_context(backbone.tokenizer, together[0].context)
         except InputError as error:
@@ -157,16 +157,16 @@ def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group
         tokenized = tuple(tokenize_case(backbone.tokenizer, context, case) for case in together)
         for one in tokenized:
             needed[one.case.cell] = max(needed[one.case.cell], room(context, one))
-        suites[suite].append(_Group(context, tokenized, 0.0))
+        groups[together[0].cell].append(_Group(context, tokenized, 0.0))
     limit = backbone.max_positions
     long = {cell: size for cell, size in needed.items() if limit is not None and size > limit}
     kept = []
-    for groups in suites.values():
-        for place, group in enumerate(groups):
+    for of_cell in groups.values():
+        for place, group in enumerate(of_cell):
             # Without its longest cases it would be another cell.
             fitting = tuple(one for one in group.cases if one.case.cell not in long)
             if fitting:
-                kept.append(replace(group, cases=fitting, order=place / len(groups)))
+                kept.append(replace(group, cases=fitting, order=place / len(of_cell)))
     left_out = [
         LeftOut(cell, f"its cases take up to {size} positions, {backbone.name} has {limit}")
         for cell, size in sorted(long.items(), key=lambda one: str(one[0]))
