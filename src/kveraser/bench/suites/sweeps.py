@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 
 from kveraser.bench.case import BenchCase, Cell, LeftOut
@@ -36,6 +37,8 @@ LEAST_FILLER = 0.1
 
 Targets = Callable[[random.Random, int, Sequence[int]], list[float]]
 """Where wrong statements begin in a text, in tokens, from the text's tokens and those of every statement."""
+TRIES = 20
+"""Draws until the wrong statements stand apart."""
 
 
 @dataclass(frozen=True)
@@ -182,20 +185,26 @@ def _spread(rng: random.Random, tokens: int, statements: Sequence[int]) -> list[
 
 
 def _woven(settings: SuiteSettings, plan: Plan, index: int) -> Woven | None:
-    """The text; its first ranges are those of the wrong statements. None: they don't fit into it."""
+    """The text; its first ranges are those of the wrong statements. None: there is no room to set them apart."""
     tokenizer, room = settings.tokenizer, room_for_text(settings.tokenizer, plan.length)
     *told, aside = plan.told[index]
     wrong = [token_count(tokenizer, plan.joint + one.bad) for one in told]
     stated = sum(wrong) + sum(token_count(tokenizer, f" {one.right}") for one in plan.told[index])
     if stated > (1 - LEAST_FILLER) * room:
         return None
-    rng = random.Random(f"{settings.seed}/sweeps/{plan.name}/{plan.length}/{index}")
-    pieces = Filler(rng, settings.passages, without=values(plan.told[index])).pieces(tokenizer, room - stated)
-    tokens = stated + sum(token_count(tokenizer, piece) for piece in pieces)
-    starts = plan.targets(rng, tokens, wrong)
-    placed = [Placed(one.bad, start, plan.joint) for one, start in zip(told, starts, strict=True)]
-    placed += [Placed(one.right, rng.random() * plan.right_until * tokens) for one in (*told, aside)]
-    return weave(tokenizer, pieces, placed)
+    for attempt in range(TRIES):
+        rng = random.Random(f"{settings.seed}/sweeps/{plan.name}/{plan.length}/{index}/{attempt}")
+        pieces = Filler(rng, settings.passages, without=values(plan.told[index])).pieces(tokenizer, room - stated)
+        tokens = stated + sum(token_count(tokenizer, piece) for piece in pieces)
+        starts = plan.targets(rng, tokens, wrong)
+        placed = [Placed(one.bad, start, plan.joint) for one, start in zip(told, starts, strict=True)]
+        placed += [Placed(one.right, rng.random() * plan.right_until * tokens) for one in (*told, aside)]
+        woven = weave(tokenizer, pieces, placed)
+        ranges = sorted(woven.ranges[: len(told)])
+        # Spans that touch would be erased as one.
+        if all(before[1] < after[0] for before, after in pairwise(ranges)):
+            return woven
+    return None
 
 
 def _cases(plan: Plan, index: int, woven: Woven) -> list[BenchCase]:
