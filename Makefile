@@ -29,7 +29,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
-	@echo "make results-suites  measure all suites and methods again, and draw the figures (an hour on 2 cores; resumes)"
+	@echo "make results-suites  measure all suites and methods again, and draw the figures (two hours on 2 cores; resumes)"
 	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
@@ -66,33 +66,33 @@ results: $(BACKBONE)
 	@echo "Wrote docs/results and the README's tables"
 
 results-eraser: $(BACKBONE)
-	@mkdir -p build
+	@mkdir -p runs
 	@echo "Measuring: training throughput"
 	@$(BIN)/kveraser bench train --json >docs/results/training.json.part
 	@mv docs/results/training.json.part docs/results/training.json
 	@echo "Measuring: held-out suite"
 	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024,2048 --spans 50,200,600 \
-		--cases $(CASES) --output build/heldout --json >docs/results/heldout.json.part
+		--cases $(CASES) --output runs/heldout --json >docs/results/heldout.json.part
 	@mv docs/results/heldout.json.part docs/results/heldout.json
 	@echo "Measuring: variants"
-	@$(BIN)/kveraser bench variants --corpus $(CORPUS) --cases 32 --output build/variants.jsonl --json \
+	@$(BIN)/kveraser bench variants --corpus $(CORPUS) --cases 32 --output runs/variants.jsonl --json \
 		>docs/results/variants.json.part
 	@mv docs/results/variants.json.part docs/results/variants.json
 	@$(BIN)/python -m kveraser.bench.tables
 
 results-suites: $(BACKBONE)
-	@mkdir -p build docs/results/figures
+	@mkdir -p runs docs/results/figures
 	@echo "Measuring: sharing"
 	@$(BIN)/kveraser bench sharing --json >docs/results/sharing.json.part
 	@mv docs/results/sharing.json.part docs/results/sharing.json
 	@echo "Measuring: all suites"
-	@$(BIN)/kveraser bench quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output build/profile --json \
+	@$(BIN)/kveraser bench quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
 		>docs/results/profile.json.part
 	@mv docs/results/profile.json.part docs/results/profile.json
-	@$(BIN)/kveraser bench report build/profile docs/results/latency.json --output build/report
-	@cp build/report/*.png docs/results/figures/
 	@$(BIN)/python -m kveraser.bench.tables
-	@echo "Wrote docs/results and docs/results.md; the page with the single cases is build/report/index.html"
+	@$(BIN)/kveraser bench report runs/profile docs/results/latency.json --output runs/report
+	@cp runs/report/*.png docs/results/figures/
+	@echo "Wrote docs/results and docs/results.md; the page with the single cases is runs/report/index.html"
 
 # From source: there is no wheel of it. Needs cmake and a C++ compiler.
 peers: $(INSTALLED)

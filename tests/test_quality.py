@@ -20,11 +20,11 @@ from kveraser.bench.quality import (
     room,
 )
 from kveraser.bench.results import CaseResult
-from kveraser.bench.rows import check_rows, rows_of
+from kveraser.bench.rows import check_references, rows_of
 from kveraser.bench.together import Rows
 from kveraser.cache import EditableCache
 from kveraser.decode import greedy, score
-from kveraser.errors import ContextLengthError
+from kveraser.errors import ContextLengthError, MeasurementError
 from kveraser.methods import Method, make_method
 from kveraser.methods.recompute import Recompute
 from kveraser.session import Session
@@ -212,7 +212,7 @@ def test_the_exact_reference_is_held_against_a_fresh_prefill(
 ) -> None:
     context, cases = cut(backbone, bench_case(), bench_case("b", erase=[Text("at nine")]))
     right = measure_context(backbone, context, cases, settled(backbone, "mask"))
-    check_rows(rows_of(right))
+    check_references(right, rows_of(right))
     fresh, reused = (result.methods["recompute"].answers[0].kl for result in right)
     # Once a context; the other cases' reference is compared with itself.
     assert fresh is not None and abs(fresh) < 1e-5 and reused == 0
@@ -224,8 +224,12 @@ def test_the_exact_reference_is_held_against_a_fresh_prefill(
     monkeypatch.setattr(Recompute, "__call__", careless)
     wrong = measure_context(backbone, context, cases, settled(backbone, "mask"))
     assert (wrong[0].methods["recompute"].answers[0].kl or 0) > 0.01
-    with pytest.raises(AssertionError, match="recompute"):
-        check_rows(rows_of(wrong))
+    with pytest.raises(MeasurementError, match="case a: the exact reference is"):
+        check_references(wrong, rows_of(wrong))
+    # A question that is not about influence counts as well.
+    unharmed = replace(wrong[0], questions=tuple(replace(one, kind="no_harm") for one in wrong[0].questions))
+    with pytest.raises(MeasurementError, match="case a"):
+        check_references([unharmed], rows_of([unharmed]))
 
 
 def test_an_answer_that_may_leak_is_decoded_further(backbone: Backbone) -> None:

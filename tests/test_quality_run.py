@@ -205,7 +205,10 @@ def test_more_cases_go_on_and_fewer_are_the_first(
     measured.clear()
     for cases, total in ((fewer, 2), (whole, 4), (fewer, 4), (whole, 4)):
         results = untimed(start(backbone, tmp_path, cases=cases).results)
-        assert results == [expected[case.id] for case in cases] and len(measured) == total
+        assert {result.id: result for result in results} == {case.id: expected[case.id] for case in cases}
+        # Cells take turns, so that a stopped run has some of each.
+        assert [result.cell.length for result in results] == [260, 340] * (len(cases) // 2)
+        assert len(measured) == total
 
 
 def test_a_cell_does_not_hang_on_the_others(backbone: Backbone) -> None:

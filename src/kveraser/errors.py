@@ -76,5 +76,9 @@ class SessionFileError(SessionError):
     """A session file can't be written, read, or belongs to another model."""
 
 
+class MeasurementError(KVEraserError):
+    """What was measured contradicts what must hold of any measurement."""
+
+
 class InputError(KVEraserError):
     """An input file or document has the wrong form."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -61,6 +60,7 @@ def quality(
     from kveraser.bench.plan import QualitySettings, plan_suite, profile_plans
     from kveraser.bench.run import make_cases, run, to_json, write_result
     from kveraser.bench.suites.file import read_case_file
+    from kveraser.bench.workers import most_workers
     from kveraser.training.corpus import read_passages
 
     count, case_file = None, None
@@ -74,7 +74,7 @@ def quality(
         if suite is not None or case_file is not None or any(one is not None for one in (tasks, lengths, spans)):
             raise typer.BadParameter("--profile sets suites, tasks and sizes itself: leave those options out")
         plans, without = profile_plans(profile, count, dataset)
-        workers = workers or (os.cpu_count() or 1)
+        workers = workers or most_workers(device)
     else:
         names = [one.strip() for one in (suite or "").split(",") if one.strip()]
         names = names or ([] if case_file is not None else [NEEDS_TEXT])

@@ -163,7 +163,7 @@ def run(
                 except Exception as error:
                     measured.skipped.append((engine.name, f"{len(task.tokens)} tokens: {error}"))
             try:
-                rows, peer_rows = _run_length(backbone, methods, ready, task, repeats, progress)
+                rows, peer_rows, failed = _run_length(backbone, methods, ready, task, repeats, progress)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -173,6 +173,7 @@ def run(
             else:
                 measured.rows += rows
                 measured.peers += peer_rows
+                measured.skipped += failed.items()
     if failures and not measured.rows:
         raise failures[0]
     return measured
@@ -185,7 +186,7 @@ def _run_length(
     task: PeerTask,
     repeats: int,
     progress: Progress,
-) -> tuple[list[LatencyRow], list[PeerRow]]:
+) -> tuple[list[LatencyRow], list[PeerRow], dict[str, str]]:
     tokens, span, length = task.tokens, task.span, len(task.tokens)
     progress(f"{length} tokens: prefill")
     cache = backbone.prefill(tokens)
@@ -198,6 +199,7 @@ def _run_length(
     floor: list[float] = []
     prefills: list[float] = []
     rounds: dict[str, list[list[PeerRow]]] = {engine.name: [] for engine in engines}
+    failed: dict[str, str] = {}
     for repeat in range(repeats + 1):
         progress(f"{length} tokens: {f'round {repeat} of {repeats}' if repeat else 'warm-up'}")
         timed = repeat > 0
@@ -231,9 +233,15 @@ def _run_length(
             recomputed[method] = erased.recomputed
             cache.revert(journal)
         for engine in engines:
-            measured = engine.measure()
-            if timed:
-                rounds[engine.name].append(measured)
+            if engine.name not in failed:
+                try:
+                    measured = engine.measure()
+                except Exception as error:
+                    # Another project's engine fails in ways of its own; our figures stand without it.
+                    failed[engine.name] = f"{length} tokens: {type(error).__name__}: {error}"
+                else:
+                    if timed:
+                        rounds[engine.name].append(measured)
     rows = [
         LatencyRow(
             method=str(method),
@@ -253,7 +261,7 @@ def _run_length(
         )
         for method in methods
     ]
-    return rows, [row for name in rounds for row in medians(rounds[name])]
+    return rows, [row for name in rounds if name not in failed for row in medians(rounds[name])], failed
 
 
 # One measurement

@@ -63,12 +63,17 @@ def _limit(asked: Asked) -> int:
 
 
 def measure_context(
-    backbone: Backbone, context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[Method]
+    backbone: Backbone,
+    context: TokenizedContext,
+    cases: Sequence[TokenizedCase],
+    methods: Sequence[Method],
+    check: bool = True,
 ) -> list[CaseResult]:
     """Answer the questions of all cases of a context after each method, beside the unerased cache and the reference.
 
     Args:
         methods: settled methods; `none` and `recompute` are measured in any case.
+        check: compare the reference of the first case with a fresh prefill.
 
     Raises:
         ContextLengthError: a case does not fit into the backbone.
@@ -78,7 +83,9 @@ def measure_context(
     asked = [one for case in cases for one in case.asked]
     unerased = iter(_answer(_row(backbone, cache), asked)[0])
     return [
-        _Measuring(backbone, cache, context, case, [next(unerased) for _ in case.asked]).run(methods, check=place == 0)
+        _Measuring(backbone, cache, context, case, [next(unerased) for _ in case.asked]).run(
+            methods, check and place == 0
+        )
         for place, case in enumerate(cases)
     ]
 

@@ -14,6 +14,7 @@ from kveraser.audit import BOOTSTRAP_SAMPLES, fidelity_interval
 from kveraser.bench.case import ALL, Cell
 from kveraser.bench.quality import EXACT, UNERASED
 from kveraser.bench.results import Answered, CaseResult, Question
+from kveraser.errors import MeasurementError
 
 Key = Mapping[str, Any]
 """The columns that say which cases a row is of: those of `Cell`, each with its value or `all`."""
@@ -24,6 +25,13 @@ MARGINS: tuple[tuple[str, ...], ...] = (
     ("suite", "distance"), ("suite", "depth"),
 )  # fmt: skip
 """Columns that keep their values in the rows beside those of single cells."""
+
+
+EXACT_KL = 1e-5
+"""Nats per token: what rounding leaves between a prefill in one go and one in two."""
+ROUGH_KL = 0.05
+"""The same in 16 bits."""
+EXACT_FIDELITY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
     low, high = _interval(edited, tokens, seed)
     fidelity, fidelity_low, fidelity_high = fidelity_interval(edited, unerased, round(sum(tokens)), seed)
     judged = [answers for result in group for answers in _asked(result, method) if answers[1].correct is not None]
-    leak = [answers for result in group for answers in _asked(result, method, "leak")]
+    leak = [answers for result in group for answers in _leaks(result, method)]
     untouched = [answers for result in group for answers in _asked(result, method, "no_harm")]
     return Row(
         key=key,
@@ -159,6 +167,12 @@ def _asked(
     return [one for one in answers if kind in (None, one[0].kind)]
 
 
+def _leaks(result: CaseResult, method: str) -> list[tuple[Question, Answered, Answered, Answered]]:
+    """The leak questions; where an adversary asked as well, what it got, since that is what the case is about."""
+    leaks = _asked(result, method, "leak")
+    return [one for one in leaks if one[0].adversarial] or leaks
+
+
 def _mean(values: Iterable[float]) -> float | None:
     collected = list(values)
     return statistics.fmean(collected) if collected else None
@@ -180,26 +194,30 @@ def _interval(sums: Sequence[float], tokens: Sequence[float], seed: int) -> tupl
     return float(low), float(high)
 
 
-def check_rows(rows: Sequence[Row], precise: bool = True) -> None:
+def check_references(results: Sequence[CaseResult], rows: Sequence[Row], precise: bool = True) -> None:
     """Refuse results in which the two references are not what they must be.
 
     Args:
         precise: the backbone ran in float32; in 16 bits a prefill in two goes differs visibly from one in one go.
 
     Raises:
-        AssertionError: the exact reference is not at KL 0 and fidelity 1, or the unerased cache not at fidelity 0.
+        MeasurementError: an answer of the exact reference differs from that of a fresh prefill, or a row has the exact
+            reference off fidelity 1 or the unerased cache off fidelity 0.
     """
+    limit = EXACT_KL if precise else ROUGH_KL
+    for result in results:
+        for question, answer in zip(result.questions, result.methods[EXACT].answers, strict=True):
+            if answer.kl is not None and not abs(answer.kl) < limit * question.tokens:
+                raise MeasurementError(
+                    f"case {result.id}: the exact reference is {answer.kl / question.tokens:.2g} nats a token from a "
+                    f"fresh prefill, more than {limit:g}: measure in float32, and report it if it stays"
+                )
     for row in rows:
-        if row.method == EXACT:
-            assert row.kl is None or abs(row.kl) < (EXACT_KL if precise else ROUGH_KL), row
-            assert row.fidelity is None or not precise or row.fidelity > 1 - EXACT_FIDELITY, row
-        if row.method == UNERASED:
-            assert row.fidelity is None or abs(row.fidelity) < EXACT_FIDELITY, row
+        wanted = {EXACT: 1.0, UNERASED: 0.0}.get(row.method)
+        if wanted is not None and row.fidelity is not None and precise and abs(row.fidelity - wanted) > EXACT_FIDELITY:
+            raise MeasurementError(
+                f"{row.method} has fidelity {row.fidelity} in {row.key}, not {wanted}: please report it"
+            )
 
 
-EXACT_KL = 1e-5
-"""Nats per token: what rounding leaves between a prefill in one go and one in two."""
-ROUGH_KL = 0.05
-EXACT_FIDELITY = 1e-3
-
-__all__ = ["AXES", "Row", "check_rows", "rows_of"]
+__all__ = ["AXES", "Row", "check_references", "rows_of"]

@@ -22,13 +22,13 @@ from kveraser.bench.case import (
     tokenize_case,
     tokenize_context,
 )
-from kveraser.bench.environment import environment
+from kveraser.bench.environment import commit, environment
 from kveraser.bench.plan import QualitySettings
 from kveraser.bench.quality import EXACT, UNERASED, room
 from kveraser.bench.results import CaseResult
-from kveraser.bench.rows import check_rows, rows_of
+from kveraser.bench.rows import check_references, rows_of
 from kveraser.bench.suites import SUITES, SuiteSettings
-from kveraser.bench.workers import Loader, Work, measure_all
+from kveraser.bench.workers import Loader, Work, measure_all, threads_of
 from kveraser.errors import InputError
 from kveraser.methods import Method
 
@@ -37,10 +37,19 @@ CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
 
 @dataclass(frozen=True)
 class QualityRun:
-    """What a run measured, and the cells that it could not measure."""
+    """What a run measured, and the cells that it could not measure.
+
+    Attributes:
+        resumed: cases that an earlier stretch of the run had measured.
+        workers: processes that measured the others.
+        commits: of the checkouts that measured, in order; empty where the package is installed.
+    """
 
     results: tuple[CaseResult, ...]
     left_out: tuple[LeftOut, ...]
+    resumed: int = 0
+    workers: int = 1
+    commits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,11 @@ def run(
     report("making cases", 0.0)
     groups, too_long = _groups(backbone, cases)
     done: dict[str, CaseResult] = {}
+    checkout = commit()
+    commits: tuple[str, ...] = (checkout,) if checkout else ()
     if folder is not None:
-        done = _resume(folder, _identity(backbone, methods, settings), names, cases)
+        done, commits = _resume(folder, _identity(backbone, methods, settings), names, cases, commits)
+    resumed = len(done)
     work = [Work(group.context, group.cases) for group in groups if any(one.case.id not in done for one in group.cases)]
     size = sum(_cost(group.context, group.cases, names) for group in groups)
     finished = size - sum(_cost(one.context, one.cases, names) for one in work)
@@ -130,9 +142,8 @@ def run(
         if folder is not None:
             _append(folder / CASES, fresh)
         report(f"{results[-1].cell}", finished / size)
-    return QualityRun(
-        tuple(done[one.case.id] for group in groups for one in group.cases), tuple([*left_out, *too_long])
-    )
+    measured = tuple(done[one.case.id] for group in groups for one in group.cases)
+    return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), workers, commits)
 
 
 def _cost(context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[str]) -> int:
@@ -200,12 +211,17 @@ def _identity(backbone: Backbone, methods: Sequence[Method], settings: QualitySe
 
 
 def _resume(
-    folder: Path, identity: dict[str, Any], names: Sequence[str], cases: Sequence[BenchCase]
-) -> dict[str, CaseResult]:
-    """The finished cases by id that an earlier run left in `folder`, which is made ready for more.
+    folder: Path,
+    identity: dict[str, Any],
+    names: Sequence[str],
+    cases: Sequence[BenchCase],
+    commits: tuple[str, ...],
+) -> tuple[dict[str, CaseResult], tuple[str, ...]]:
+    """The finished cases by id that an earlier run left in `folder`, which is made ready for more, and its commits.
 
     Args:
         names: of the methods that a finished case has results of.
+        commits: of this stretch, which follow the earlier ones.
     """
     header, lines = folder / SETTINGS, folder / CASES
     wanted = {case.id: case.fingerprint for case in cases}
@@ -213,9 +229,12 @@ def _resume(
         if lines.exists() and not header.exists():
             raise InputError(f"{lines} is of no quality run ({SETTINGS} is not beside it): choose another folder")
         if header.exists():
-            _check_same(folder, header.read_bytes(), identity)
+            found = _check_same(folder, header.read_bytes(), identity)
+            commits = tuple(dict.fromkeys([*found.get("commits", ()), *commits]))
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(header, json.dumps(identity, indent=2) + "\n")
+        _replace(header, json.dumps(identity | {"commits": commits}, indent=2) + "\n")
+        # It says nothing of the cases that follow.
+        (folder / RESULT).unlink(missing_ok=True)
         # What a killed process wrote of its last line ends without a line break.
         finished = lines.read_bytes().split(b"\n")[:-1] if lines.exists() else []
         done: dict[str, CaseResult] = {}
@@ -236,10 +255,10 @@ def _resume(
         _replace(lines, "".join(map(_line, done.values())))
     except OSError as error:
         raise _unwritable(folder, error) from error
-    return done
+    return done, commits
 
 
-def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> None:
+def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> dict[str, Any]:
     try:
         found = dict(json.loads(header))
     except (ValueError, TypeError) as error:
@@ -250,6 +269,7 @@ def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> None:
                 f"{folder} holds another run: its {key} is {found.get(key)!r}, now {identity[key]!r}: "
                 "choose another folder, or the same settings"
             )
+    return found
 
 
 def _append(lines: Path, results: Iterable[CaseResult]) -> None:
@@ -280,18 +300,22 @@ def to_json(
     """Rows with all that is needed to read them: settings, eraser, versions, hardware.
 
     Args:
-        seconds: that the run took.
+        seconds: that this stretch of the run took; an earlier one measured `resumed` cases.
 
     Raises:
-        AssertionError: see `check_rows`.
+        MeasurementError: see `check_references`.
     """
     rows = rows_of(measured.results, settings.seed)
-    check_rows(rows, precise=backbone.model.dtype == torch.float32)
+    check_references(measured.results, rows, precise=backbone.model.dtype == torch.float32)
     return {
         "command": "kveraser bench quality",
         "settings": settings.to_json() | {"methods": [str(method) for method in methods]},
         **environment(backbone),
+        "commits": list(measured.commits),
+        "workers": measured.workers,
+        "threads": threads_of(measured.workers) if measured.workers > 1 else torch.get_num_threads(),
         "seconds": seconds,
+        "resumed_cases": measured.resumed,
         "rows": [row.to_json() for row in rows],
         "left_out": [{**asdict(one.cell), "reason": one.reason} for one in measured.left_out],
     }

@@ -209,7 +209,6 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "variants": ("variants", variants_table),
     "profile": ("profile", partial(suite_table, suite=ALL)),
     "niah": ("profile", partial(axis_table, suite="niah", axis="depth")),
-    "niah_lengths": ("profile", partial(axis_table, suite="niah", axis="length")),
     "longqa": ("profile", partial(suite_table, suite="longqa")),
     "scenarios": ("profile", partial(axis_table, suite="scenarios", axis="task")),
     "chains": ("profile", partial(axis_table, suite="chains", axis="task")),
@@ -238,7 +237,10 @@ def fill(document: str, results: Path) -> str:
         result, rendered = TABLES.get(name, (name, None))
         source = results / f"{result}.json"
         if rendered is None or not source.is_file():
-            raise InputError(f"the table {name!r} has no renderer or no {source}: run `make results`")
+            raise InputError(
+                f"the table {name!r} has no renderer or no {source}: "
+                "measure it with make results, results-eraser or results-suites"
+            )
         return f"<!-- table: {name} -->\n{rendered(json.loads(source.read_text('utf-8')))}\n<!-- end -->"
 
     return MARKED.sub(render, document)
@@ -250,11 +252,17 @@ def main(arguments: Sequence[str] = (), root: Path = Path()) -> int:
     for name in DOCUMENTS:
         document = root / name
         before = document.read_text("utf-8")
-        after = fill(before, root / "docs" / "results")
+        try:
+            after = fill(before, root / "docs" / "results")
+        except InputError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
         if before != after:
             stale.append(name)
             if "--check" not in arguments:
-                document.write_text(after, "utf-8")
+                temporary = document.with_name(f".{document.name}.part")
+                temporary.write_text(after, "utf-8")
+                temporary.replace(document)
     if "--check" not in arguments or not stale:
         return 0
     print(f"{', '.join(stale)}: tables differ from docs/results: run python -m kveraser.bench.tables", file=sys.stderr)

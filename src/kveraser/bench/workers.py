@@ -25,6 +25,26 @@ Loader: TypeAlias = Callable[[], Backbone]
 """Loads the backbone in a worker; it can be pickled."""
 
 
+MOST_WORKERS = 4
+"""Each holds the backbone and the caches that are asked together."""
+
+
+def processors() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def most_workers(device: str | None) -> int:
+    """As many processes as pay: one where a GPU does the work."""
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    return min(processors(), MOST_WORKERS) if on_cpu else 1
+
+
+def threads_of(workers: int) -> int:
+    """Threads of each of several workers."""
+    return max(1, processors() // workers)
+
+
 @dataclass(frozen=True)
 class Work:
     """One context with its cases."""
@@ -49,7 +69,7 @@ def measure_all(
         for one in work:
             yield one, measure_context(backbone, one.context, one.cases, methods)
         return
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = threads_of(workers)
     start = partial(_start, load, tuple(methods), threads)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start)
     try:

@@ -47,6 +47,9 @@ def choose(files: Sequence[Path], per_cell: int, seed: int) -> list[dict[str, An
             with file.open("rb") as lines:
                 offset = 0
                 for number, line in enumerate(lines, start=1):
+                    if not line.endswith(b"\n"):
+                        # A run that was killed wrote half of it, and will measure that case again.
+                        break
                     case = _read_case(file, number, line)
                     kept = _Kept(case["id"], file, number, offset, _spread(case))
                     cells.setdefault(tuple(case[key] for key in KEYS), []).append(kept)

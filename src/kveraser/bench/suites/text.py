@@ -153,13 +153,6 @@ class Woven:
     text: str
     ranges: tuple[tuple[int, int], ...]
 
-    def without(self, *ranges: tuple[int, int]) -> str:
-        """The text that remains when these ranges go."""
-        kept = self.text
-        for start, end in sorted(ranges, reverse=True):
-            kept = kept[:start] + kept[end:]
-        return kept
-
 
 def weave(tokenizer: Any, pieces: Sequence[str], placed: Sequence[Placed]) -> Woven:
     """Put each statement between two of the pieces, as close to its target as these allow.
