@@ -9,6 +9,7 @@ WORKERS ?= 2
 CORPUS ?= wikimedia/wikipedia
 CASES ?= 2
 DATASET ?=
+SUITE_CASES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -29,7 +30,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
-	@echo "make results-suites  measure all suites and methods again, and draw the figures (two hours on 2 cores; resumes)"
+	@echo "make results-suites  measure all suites and methods again, and draw the figures (40 minutes on 2 cores; resumes)"
 	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
@@ -59,7 +60,7 @@ results: $(BACKBONE)
 	@$(BIN)/kveraser demo --picture docs/results/demo.png --json >docs/results/demo.json.part
 	@mv docs/results/demo.json.part docs/results/demo.json
 	@echo "Measuring: latency"
-	@$(BIN)/kveraser bench latency --lengths 512,1024,2048,4096 --span 100 --depth 0.1 --json \
+	@$(BIN)/kveraser bench latency --lengths 512,1024,2048,4096 --span 100 --depth 0.1 --repeats 3 --json \
 		>docs/results/latency.json.part
 	@mv docs/results/latency.json.part docs/results/latency.json
 	@$(BIN)/python -m kveraser.bench.tables
@@ -83,10 +84,10 @@ results-eraser: $(BACKBONE)
 results-suites: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
 	@echo "Measuring: sharing"
-	@$(BIN)/kveraser bench sharing --json >docs/results/sharing.json.part
+	@$(BIN)/kveraser bench sharing --lengths 384 --methods "mask;shift;repair(32);kveraser" --json >docs/results/sharing.json.part
 	@mv docs/results/sharing.json.part docs/results/sharing.json
 	@echo "Measuring: all suites"
-	@$(BIN)/kveraser bench quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
+	@$(BIN)/kveraser bench quality --profile cpu --cases $(SUITE_CASES) $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
 		>docs/results/profile.json.part
 	@mv docs/results/profile.json.part docs/results/profile.json
 	@$(BIN)/python -m kveraser.bench.tables

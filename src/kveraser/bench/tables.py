@@ -52,6 +52,23 @@ def latency_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def first_token_table(result: Mapping[str, Any]) -> str:
+    """Milliseconds from an erase's begin to the first token of the next answer; other engines below our methods."""
+    lengths = list(dict.fromkeys(row["context"] for row in result["rows"]))
+    seconds = {(f"`{row['method']}`", row["context"]): row["first_token_seconds"] for row in result["rows"]}
+    seconds |= {
+        (f"{row['peer']}: {row['operation']}", row["context"]): row["first_token_seconds"] for row in result["peers"]
+    }
+    lines = [
+        "| milliseconds to the first token | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for name in dict.fromkeys(name for name, _ in seconds):
+        cells = [f"{seconds[name, length] * 1000:.0f}" if (name, length) in seconds else "-" for length in lengths]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def heldout_table(result: Mapping[str, Any]) -> str:
     """The held-out suite over all tasks, lengths and spans, a row a method."""
     lines = [
@@ -202,6 +219,7 @@ def _with_interval(row: Mapping[str, Any], name: str, digits: int) -> str:
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo", demo_table),
     "latency": ("latency", latency_table),
+    "first_token": ("latency", first_token_table),
     "heldout": ("heldout", heldout_table),
     "heldout_spans": ("heldout", heldout_spans_table),
     "heldout_lengths": ("heldout", heldout_lengths_table),
