@@ -315,7 +315,7 @@ def change(run: Path, file: str, edit: Callable[[str], str]) -> None:
         ("run.json", lambda text: text.replace('"kl": 0.5', '"kl": NaN'), "NaN"),
         ("run.json", lambda text: text.replace('"kl": 0.5', '"kl": "much"'), "kl 'much'"),
         ("run.json", lambda text: text.replace('"seed": 0', '"seed": null'), "no seed"),
-        ("cases.jsonl", lambda text: text[:-20], "line 3 of"),
+        ("cases.jsonl", lambda text: text[:-20] + "\n", "line 3 of"),
         ("cases.jsonl", lambda text: text.replace('"recompute"', '"recomputed"'), "line 1 of"),
         ("cases.jsonl", lambda text: text.replace('"tokens": 2', '"tokens": "two"'), "line 1 of"),
         ("cases.jsonl", lambda text: text.replace('"before": "', '"before": 3, "x": "'), "line 1 of"),
@@ -330,6 +330,14 @@ def test_what_is_no_result_is_refused_by_name(tmp_path: Path, file: str, edit: C
         made([run], tmp_path / "report")
     assert said in str(refused.value) and file in str(refused.value)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_half_written_last_case_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [cell(length=64)])
+    whole = [case["id"] for case in choose([run / "cases.jsonl"], 5, 0)]
+    change(run, "cases.jsonl", lambda text: text[:-20])
+    assert len(whole) == 3 and {case["id"] for case in choose([run / "cases.jsonl"], 5, 0)} < set(whole)
+    made([run], tmp_path / "report")
 
 
 def test_a_missing_or_unfinished_run_is_refused_by_name(tmp_path: Path) -> None:
