@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server in which editing a conversation's history costs by what was removed."""
