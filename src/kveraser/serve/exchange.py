@@ -1,0 +1,161 @@
+"""What the API hands to the service, and what comes back: plain values, checked before they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kveraser.serve.engine import Sampling, TokenLogprob
+from kveraser.serve.tool_results import ToolResultEdit
+
+Action = Literal["prefill", "append", "erase", "recompute"]
+Caches = Literal["edited", "unerased", "exact"]
+
+
+@dataclass(frozen=True)
+class Erasing:
+    """How removed parts of a history are erased.
+
+    Attributes:
+        method: as `Session.erase` takes it; `recompute` asks for an exact answer; None: the server's own choice.
+        max_kl: budget in nats per answer token, with method None or `auto`: the cheapest method within it.
+        now_then_exact: answer from the edited cache now, and put an exact one in its place in idle time.
+    """
+
+    method: str | None = None
+    max_kl: float | None = None
+    now_then_exact: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request for an answer: either messages or a prompt.
+
+    Attributes:
+        messages: a conversation in the OpenAI format.
+        prompt: a text, or token ids.
+        tools: tool descriptions for the chat template.
+        context_management: tool results to clear before the model sees the conversation.
+    """
+
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    erasing: Erasing = field(default_factory=Erasing)
+    context_management: tuple[ToolResultEdit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Happened:
+    """What a request did to the cache that answered it.
+
+    Attributes:
+        action: `prefill`: nothing was cached; `append`: all that was cached is used, and text added; `erase`: spans were
+            erased from what was cached; `recompute`: from the first difference on everything was run again.
+        context: id of the cached context.
+        erased_tokens: tokens erased from the cache for this request.
+        recomputed_tokens: tokens that the cache had held and that were run again, by the method or from the first
+            difference on.
+        prefilled_tokens: tokens run for the first time.
+        exact: whether the cache that answered equals a fresh prefill of its live tokens.
+        receipts: of this request's erases.
+        applied_edits: of the request's context management, as Anthropic reports them.
+        exact_pending: whether an exact cache is being made in idle time.
+    """
+
+    action: Action
+    context: str
+    erased_tokens: int = 0
+    recomputed_tokens: int = 0
+    prefilled_tokens: int = 0
+    exact: bool = True
+    receipts: tuple[dict[str, Any], ...] = ()
+    applied_edits: tuple[dict[str, Any], ...] = ()
+    exact_pending: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    """The cache is ready, the answer begins. `cached_tokens` of the `prompt_tokens` were taken from the cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    what: Happened
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of the answer."""
+
+    text: str
+    tokens: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete."""
+
+    finish_reason: Literal["stop", "length"]
+    completion_tokens: int
+    what: Happened
+
+
+Event = Started | Delta | Finished
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model that the server has; `created` in seconds since 1970, `context_length` in tokens, None: no limit."""
+
+    id: str
+    created: int
+    context_length: int | None
+
+
+@dataclass(frozen=True)
+class MessageView:
+    """A message of a session: its place, size in characters, text if contents were asked for, whether any is live."""
+
+    index: int
+    role: str
+    characters: int
+    text: str | None
+    live: bool
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """A token of a session, for display: its own text, whether it is live, and the message it stands in."""
+
+    text: str
+    live: bool
+    message: int | None
+
+
+@dataclass(frozen=True)
+class SessionView:
+    """What a session is. Times in seconds since 1970; in a list, `messages` and `receipts` are empty.
+
+    Attributes:
+        text: the live text, if contents were asked for.
+        tokens, live_tokens: tokens ever read or said, and those not erased.
+        exact: whether the cache equals a fresh prefill of the live tokens.
+        undo_steps: operations that can be undone.
+        bytes: of keys and values in memory; 0 while the session lies on disk.
+        revision: grows with every change.
+    """
+
+    id: str
+    created: float
+    expires: float
+    messages: tuple[MessageView, ...]
+    text: str | None
+    tokens: int
+    live_tokens: int
+    exact: bool
+    undo_steps: int
+    receipts: tuple[dict[str, Any], ...]
+    bytes: int
+    revision: int
