@@ -52,7 +52,7 @@ class Happened:
     """What a request did to the cache that answered it.
 
     Attributes:
-        action: `prefill`: nothing was cached; `append`: all that was cached is used, and text added; `erase`: spans were
+        action: `prefill`: nothing was cached; `append`: what was cached is used, and text added; `erase`: spans were
             erased from what was cached; `recompute`: from the first difference on everything was run again.
         context: id of the cached context.
         erased_tokens: tokens erased from the cache for this request.

@@ -31,7 +31,7 @@ class Service:
     `key` is whose contexts they are: nothing is ever shared between keys, and a foreign session is an unknown one.
     """
 
-    def models(self) -> list[ModelCard]:
+    def models(self) -> Sequence[ModelCard]:
         """The models that can be asked."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class Service:
         """A new session of messages or a text, prefilled. `ttl` in seconds from its last use; None: the server's."""
         raise NotImplementedError
 
-    async def list(self, key: str) -> list[SessionView]:
+    async def list(self, key: str) -> Sequence[SessionView]:
         """The key's sessions, oldest first."""
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ class Service:
         """One session."""
         raise NotImplementedError
 
-    async def tokens(self, key: str, id: str) -> list[TokenView]:
+    async def tokens(self, key: str, id: str) -> Sequence[TokenView]:
         """Every token of a session, erased ones included."""
         raise NotImplementedError
 

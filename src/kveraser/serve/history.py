@@ -1,0 +1,231 @@
+"""A request's tokens against a cached context: the cheapest way from one to the other.
+
+A client that edits its history sends what is left: the cached tokens with spans missing, and new ones at the end.
+`reuse` finds how much of a context serves a request: a common prefix, then any number of removed spans with what lies
+between them, then new tokens. An insertion ends the reuse: what follows it is new.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from kveraser.spans import Span
+
+SPAN_TOKENS = 32
+"""What a removed span must save, in tokens. Erasing one costs about as much (`repair(32)`), and is not exact."""
+
+MOST_WORK = 1_000_000
+"""Places looked at for one alignment. Texts that repeat themselves without end are given up there: what was found till
+then is right, though more could be kept."""
+
+STATE_WORK = 100
+"""What following one state costs, in places looked at."""
+
+Tokens = npt.NDArray[np.int32]
+Ranks = npt.NDArray[np.int64]
+Borders = Callable[[int, int], Sequence[int]]
+"""The message borders among places `[first, last]` of the cached tokens, in order."""
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """How a request takes up a context's live tokens.
+
+    Attributes:
+        kept: leading tokens of the request that the context holds, once `removed` are gone.
+        removed: spans of the context's live tokens to erase, in order, with kept tokens between and behind them.
+        held: leading live tokens of the context that are kept or removed; what follows is to be forgotten.
+    """
+
+    kept: int
+    removed: tuple[Span, ...]
+    held: int
+
+    @property
+    def prefix(self) -> int:
+        """Tokens up to the first difference."""
+        return self.removed[0].start if self.removed else self.kept
+
+
+def reuse(
+    cached: Sequence[int] | Tokens,
+    request: Sequence[int] | Tokens,
+    span_tokens: int = SPAN_TOKENS,
+    borders: Borders | None = None,
+) -> Reuse:
+    """The reuse of `cached` for `request` that keeps most tokens, less `span_tokens` for every removed span.
+
+    Equals are decided for fewer spans. Where a span can begin at several places, because the text repeats at its
+    ends, it is laid between message borders; without any it begins as late as it can.
+
+    Args:
+        cached: a context's live tokens, in order.
+        request: the tokens wanted.
+        span_tokens: at least 1.
+        borders: where messages of `cached` begin and end.
+    """
+    held, wanted = np.asarray(cached, dtype=np.int32), np.asarray(request, dtype=np.int32)
+    prefix = common_prefix(held, wanted)
+    islands = [(0, prefix, 0)]
+    if prefix + span_tokens < len(wanted) and prefix + span_tokens < len(held):
+        islands = _Search(held[prefix:], wanted[prefix:], span_tokens).best(prefix)
+    removed: list[Span] = []
+    for (_, end, shift), (start, stop, further) in pairwise(islands):
+        assert end == start
+        # The span may be moved back as far as its two ends read the same, but not into the span before it.
+        first = removed[-1].end + 1 if removed else 0
+        span = Span(end + shift, start + further)
+        removed.append(span if borders is None else _between(held, span, first, borders))
+        assert stop > start
+    kept, last_shift = islands[-1][1], islands[-1][2]
+    found = Reuse(kept, tuple(removed), kept + last_shift)
+    assert np.array_equal(without(held, found), wanted[:kept])
+    return found
+
+
+def without(cached: Tokens, found: Reuse) -> Tokens:
+    """The tokens of `cached` that stay."""
+    stays = np.ones(found.held, dtype=bool)
+    for span in found.removed:
+        stays[span.start : span.end] = False
+    return cached[: found.held][stays]
+
+
+def common_prefix(one: Tokens, other: Tokens) -> int:
+    """How many leading tokens two sequences share."""
+    size = min(len(one), len(other))
+    different = np.flatnonzero(one[:size] != other[:size])
+    return int(different[0]) if len(different) else size
+
+
+class _Search:
+    """The best chain of islands that lie at ever greater shifts: an island is text that context and request share.
+
+    A state is an island followed to its end: all that counts of it is the request's place `reached` and the `shift` of
+    the context's places against the request's. Leaving an island earlier gains nothing, since what is left would match
+    there too, shifted. A state that has got less far at no smaller shift with no fewer spans is dropped: whatever leads
+    on from it leads on from the other. So states are few, and each is expanded once.
+
+    Common lengths come from ranks: `levels[t]` numbers the different runs of `2**t` tokens in context and request.
+    """
+
+    def __init__(self, held: Tokens, wanted: Tokens, span_tokens: int) -> None:
+        self.held, self.wanted, self.span_tokens = len(held), len(wanted), span_tokens
+        self.levels = _ranks(held, wanted, span_tokens)
+        # Places in the context, by their token, and in order for each.
+        self.order = np.argsort(self.levels[0][: self.held], kind="stable") if self.levels else np.empty(0, np.int64)
+        self.sorted = self.levels[0][: self.held][self.order] if self.levels else self.order
+
+    def best(self, prefix: int) -> list[tuple[int, int, int]]:
+        """Islands `(start, end, shift)` in the request's places, `prefix` added; the first is the common prefix."""
+        # For each state: the place reached, its shift, and the state it came from.
+        states: list[tuple[int, int, int]] = [(0, 0, -1)]
+        # The states that no other one beats: by shift, which gets farther the greater it is.
+        shifts, reaches = [0], [0]
+        frontier, spans, work = [0], 0, 0
+        best, best_score = 0, 0
+        while self.levels and frontier and self.wanted - (spans + 1) * self.span_tokens > best_score:
+            spans += 1
+            found: list[tuple[int, int, int]] = []
+            for state in frontier:
+                reached, shift, _ = states[state]
+                places = self._occurrences(reached, reached + shift)
+                work += STATE_WORK + len(places)
+                if work > MOST_WORK:
+                    break
+                lengths = self._common(places, reached)
+                farther = _records(lengths)
+                found += [
+                    (int(place) - reached, -reached - int(length), state)
+                    for place, length in zip(places[farther], lengths[farther], strict=True)
+                ]
+            frontier = []
+            for shift, negative, origin in sorted(found):
+                reached, place = -negative, bisect_right(shifts, shift)
+                if reaches[place - 1] >= reached:
+                    continue
+                beaten = place
+                while beaten < len(shifts) and reaches[beaten] <= reached:
+                    beaten += 1
+                shifts[place:beaten], reaches[place:beaten] = [shift], [reached]
+                states.append((reached, shift, origin))
+                frontier.append(len(states) - 1)
+                if reached - spans * self.span_tokens > best_score:
+                    best, best_score = len(states) - 1, reached - spans * self.span_tokens
+            if work > MOST_WORK:
+                break
+        chain: list[tuple[int, int, int]] = []
+        while best >= 0:
+            reached, shift, origin = states[best]
+            start = states[origin][0] + prefix if origin >= 0 else 0
+            chain.append((start, reached + prefix, shift))
+            best = origin
+        return chain[::-1]
+
+    def _occurrences(self, reached: int, place: int) -> npt.NDArray[np.int64]:
+        """Places behind `place` where the context has the request's token at `reached`."""
+        if reached >= self.wanted:
+            return self.order[:0]
+        token = self.levels[0][self.held + 1 + reached]
+        low, high = np.searchsorted(self.sorted, token, "left"), np.searchsorted(self.sorted, token, "right")
+        places = self.order[low:high]
+        return places[np.searchsorted(places, place, "right") :]
+
+    def _common(self, places: npt.NDArray[np.int64], reached: int) -> npt.NDArray[np.int64]:
+        """How many tokens the context from each of `places` on shares with the request from `reached` on."""
+        lengths = np.zeros(len(places), dtype=np.int64)
+        for size, ranks in reversed([(2**level, ranks) for level, ranks in enumerate(self.levels)]):
+            here, there = places + lengths, self.held + 1 + reached + lengths
+            same = (here + size <= self.held) & (there + size <= self.held + 1 + self.wanted)
+            same[same] = ranks[here[same]] == ranks[there[same]]
+            lengths[same] += size
+        return lengths
+
+
+def _ranks(held: Tokens, wanted: Tokens, span_tokens: int) -> list[Ranks]:
+    """Ranks of runs of 1, 2, 4, ... tokens, while context and request share any.
+
+    Empty when they share no run long enough to pay for a span: of the islands behind the first difference the
+    longest has more than `span_tokens` tokens.
+    """
+    # A separator that occurs nowhere else keeps runs from reaching over.
+    ranks = np.concatenate([held.astype(np.int64), [-1], wanted.astype(np.int64)])
+    ranks = np.unique(ranks, return_inverse=True)[1].astype(np.int64)
+    levels: list[Ranks] = []
+    size = 1
+    while size <= min(len(held), len(wanted)):
+        if not np.isin(ranks[len(held) + 1 : len(ranks)], ranks[: max(0, len(held) + 1 - size)]).any():
+            break
+        levels.append(ranks)
+        pairs = ranks[:-size] * (int(ranks.max()) + 1) + ranks[size:]
+        ranks = np.unique(pairs, return_inverse=True)[1].astype(np.int64)
+        size *= 2
+    return levels if size > span_tokens else []
+
+
+def _records(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which lengths are greater than all before them."""
+    before = np.concatenate([[0], np.maximum.accumulate(lengths)])[:-1]
+    result: npt.NDArray[np.bool_] = lengths > before
+    return result
+
+
+def _between(held: Tokens, span: Span, first: int, borders: Borders) -> Span:
+    """The span moved back, at most to `first`, so that it lies between two message borders, or begins at one."""
+    most = 0
+    while span.start - most > first and held[span.start - most - 1] == held[span.end - most - 1]:
+        most += 1
+    starts = [span.start - place for place in borders(span.start - most, span.start)]
+    ends = {span.end - place for place in borders(span.end - most, span.end)}
+    whole = [back for back in starts if back in ends]
+    back = min(whole or starts, default=0)
+    return Span(span.start - back, span.end - back)
+
+
+__all__ = ["SPAN_TOKENS", "Reuse", "common_prefix", "reuse", "without"]
