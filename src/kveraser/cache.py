@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -69,6 +69,29 @@ class Journal:
             for tensor in pair
             if tensor is not None
         )
+
+    def copy(self) -> Journal:
+        """An independent copy: forgetting this one leaves it whole."""
+        steps = [
+            replace(
+                step,
+                states=[(_clone(key), _clone(value)) for key, value in step.states],
+                moved=(step.moved[0], _clone(step.moved[1])),
+            )
+            for step in self.steps
+        ]
+        return replace(self, steps=steps)
+
+    def wipe(self) -> None:
+        """Overwrite the old states with zeros. The edit can't be reverted any more."""
+        for step in self.steps:
+            for state in (*(state for pair in step.states for state in pair), step.moved[1]):
+                if state is not None:
+                    state.zero_()
+
+
+def _clone(states: torch.Tensor | None) -> torch.Tensor | None:
+    return None if states is None else states.clone()
 
 
 class EditableCache(Cache):
@@ -380,6 +403,11 @@ class EditableCache(Cache):
                 buffer[:, :, end:length] = buffer[:, :, start : length - (end - start)].clone()
             elif index == moved and moving is not None:
                 buffer[:, :, end:length] = moving
+
+    def wipe_unused(self) -> None:
+        """Overwrite the slots behind those in use with zeros: what edits and truncations left there."""
+        for buffer in self._buffers():
+            buffer[:, :, self.length :] = 0
 
     # Copies
 
