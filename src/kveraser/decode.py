@@ -152,16 +152,42 @@ class Decoded:
     ended: bool
 
 
+class AnswerText:
+    """An answer's text while its tokens come. What is shown never ends inside a character or shows part of a stop text.
+
+    Attributes:
+        text: of all tokens so far, up to a stop text.
+        shown: the part of it that can be shown.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.text = self.shown = ""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Add a token; what can be shown now and could not before."""
+        self._tokens.append(token)
+        self.text = _cut(self._tokenizer.decode(self._tokens, skip_special_tokens=True), self._stop)
+        return self._show(_without_partial(self.text, self._stop))
+
+    def finish(self) -> str:
+        """Nothing follows: what was held back."""
+        return self._show(self.text)
+
+    def _show(self, ready: str) -> str:
+        before = len(self.shown)
+        if len(ready) > before:
+            self.shown = ready
+        return ready[before:]
+
+
 def stream_text(
     backbone: Backbone, cache: EditableCache, prompt: Sequence[int], decoding: Decoding
 ) -> Generator[str, None, Decoded]:
     """As `generate`, in pieces of text that never end inside a character or show part of a stop text."""
     tokens: list[int] = []
-    shown = ""
-
-    def text() -> str:
-        return _cut(backbone.tokenizer.decode(tokens, skip_special_tokens=True), decoding.stop)
-
+    answer = AnswerText(backbone.tokenizer, decoding.stop)
     steps = generate(backbone, cache, prompt, decoding)
     while True:
         try:
@@ -169,13 +195,11 @@ def stream_text(
         except StopIteration as finished:
             ended = bool(finished.value)
             break
-        ready = _without_partial(text(), decoding.stop)
-        if len(ready) > len(shown):
-            yield ready[len(shown) :]
-            shown = ready
-    if len(text()) > len(shown):
-        yield text()[len(shown) :]
-    return Decoded(tuple(tokens), text(), ended)
+        if piece := answer.add(tokens[-1]):
+            yield piece
+    if rest := answer.finish():
+        yield rest
+    return Decoded(tuple(tokens), answer.text, ended)
 
 
 def text_with_offsets(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:

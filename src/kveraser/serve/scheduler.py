@@ -338,7 +338,7 @@ class Scheduler:
             self._end(answer, None)
             answer.tell(_closed())
         with self._changed:
-            jobs = [*self._works, *self._prefills]
+            jobs: list[_Work | _Prefill] = [*self._works, *self._prefills]
             answers = [*self._answers]
             for queue in (self._works, self._prefills, self._answers, self._idle):
                 queue.clear()
