@@ -1,0 +1,236 @@
+"""From messages or a prompt to the tokens that a context is to hold, and where messages begin among them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+from kveraser import chat
+from kveraser.backbone import encode
+from kveraser.decode import text_with_offsets
+from kveraser.errors import InputError
+from kveraser.serve.engine import Rendered
+from kveraser.serve.tool_results import ToolResultEdit, ToolUse, without_inputs, without_result
+from kveraser.spans import MessageRange, Transcript
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A request as tokens.
+
+    Attributes:
+        text: all of it, with what edits clear.
+        tokens, offsets: of the whole text.
+        stays: places of the tokens that no edit clears.
+        applied: what the edits did, as the response tells it.
+    """
+
+    tokenizer: Any = field(repr=False)
+    text: str
+    tokens: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+    stays: Sequence[int]
+    messages: Messages = ()
+    tools: Messages = ()
+    applied: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def wanted(self) -> tuple[int, ...]:
+        """The tokens that the context is to hold."""
+        return tuple(self.tokens[place] for place in self.stays)
+
+    def rest(self, kept: int) -> Rendered:
+        """The wanted tokens from number `kept` on, as text to append or, from 0 on, to begin with."""
+        text, offsets = "", list[tuple[int, int]]()
+        before = self.stays[kept - 1] if kept else -1
+        reached = self.offsets[before][1] if kept else 0
+        for place in self.stays[kept:]:
+            start, end = self.offsets[place]
+            # Text between tokens goes with the one behind it; behind a cleared token there is none.
+            piece = self.text[reached if place == before + 1 else max(start, reached) : end]
+            offsets.append((max(0, len(text) + len(piece) - (end - start)), len(text) + len(piece)))
+            text += piece
+            before, reached = place, max(reached, end)
+        return Rendered(text, self.wanted[kept:], tuple(offsets))
+
+    def borders(self, first: int, last: int) -> list[int]:
+        """Which of the places `[first, last]` among the wanted tokens are borders of messages.
+
+        Only messages near them are rendered for it, since a border is where rendering the messages before it ends.
+        """
+        starts = [*(self.offsets[place][0] for place in self.stays), len(self.text)]
+        if not self.messages or first >= len(starts):
+            return []
+        low, high = starts[first], starts[min(last, len(starts) - 1)]
+        ends: dict[int, str] = {}
+
+        def end(count: int) -> int:
+            if count not in ends:
+                try:
+                    ends[count] = chat.render(self.tokenizer, self.messages[:count], self.tools)
+                except InputError:
+                    # A conversation that can't stop here ends where the next message does.
+                    return end(count + 1) if count < len(self.messages) else len(self.text)
+            return len(ends[count])
+
+        found = []
+        for count in range(bisect_left(range(1, len(self.messages) + 1), low, key=end) + 1, len(self.messages) + 1):
+            if end(count) > high:
+                break
+            place = bisect_left(starts, end(count), first, min(last, len(starts) - 1) + 1)
+            whole = count in ends and self.text.startswith(ends[count])
+            if whole and place < len(starts) and starts[place] == end(count):
+                found.append(place)
+        return found
+
+
+def read_messages(
+    tokenizer: Any, messages: Messages, tools: Messages = (), edits: Sequence[ToolResultEdit] = ()
+) -> Reading:
+    """A conversation with the opening of its reply, and what `edits` leave of it.
+
+    What an edit clears is taken out of the tokens of the whole, which are not made anew at the seams, so that a context
+    that holds the whole has to be erased from and no more. Where the template writes something else for an emptied
+    message, the edited conversation is rendered instead.
+
+    Raises:
+        InputError: see `chat.render`; also an empty conversation.
+    """
+    if not messages:
+        raise InputError("the conversation is empty: give at least one message")
+
+    def rendered(conversation: Messages) -> str:
+        return chat.render(tokenizer, conversation, tools, generation_prompt=True)
+
+    text = rendered(messages)
+    tokens, offsets = _encode(tokenizer, text)
+    transcript = Transcript(text, tokens, offsets, [True] * len(tokens))
+    applied: list[dict[str, Any]] = []
+    edited: Messages = messages
+    for number, edit in enumerate(edits):
+        changes = [made for use in edit.chosen(edited, sum(transcript.live)) if (made := _changes(edit, edited, use))]
+        left, gaps = edited, list[tuple[int, int] | None]()
+        for change in (change for made in changes for change in made):
+            left = change(left)
+            gaps.append(_gap(text, rendered(change(messages))))
+        places = {
+            place for gap in gaps if gap is not None for place in _touched(transcript, gap) if transcript.live[place]
+        }
+        anew = None if None not in gaps else read_messages(tokenizer, left, tools, edits[number + 1 :])
+        cleared = len(places) if anew is None else sum(transcript.live) - len(_encode(tokenizer, rendered(left))[0])
+        if cleared < max(1, edit.clear_at_least):
+            continue
+        applied.append(edit.applied(len(changes), cleared))
+        if anew is not None:
+            return replace(anew, applied=(*applied, *anew.applied))
+        edited = left
+        for place in places:
+            transcript.live[place] = False
+    stays = [place for place, live in enumerate(transcript.live) if live]
+    return Reading(tokenizer, text, tokens, offsets, stays, messages, tools, tuple(applied))
+
+
+def read_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> Reading:
+    """A prompt as it is, a text with the tokenizer's own beginning-of-text marker in front.
+
+    Raises:
+        InputError: empty, half a character, or token ids that the tokenizer does not have.
+    """
+    if not prompt:
+        raise InputError("the prompt is empty: give some text or tokens")
+    if isinstance(prompt, str):
+        text, (tokens, offsets) = prompt, _encode(tokenizer, prompt, special=True)
+    else:
+        outside = [token for token in prompt if not 0 <= token < len(tokenizer)]
+        if outside:
+            raise InputError(f"the prompt has token {outside[0]}, but the model's tokens are 0 to {len(tokenizer) - 1}")
+        tokens = list(prompt)
+        text, offsets = text_with_offsets(tokenizer, tokens)
+    return Reading(tokenizer, text, tokens, offsets, range(len(tokens)))
+
+
+def session_messages(tokenizer: Any, messages: Messages, tools: Messages = ()) -> Rendered:
+    """A conversation that a session begins with, and where its messages stand.
+
+    Raises:
+        InputError: see `chat.render_with_ranges`.
+    """
+    text, ranges = chat.render_with_ranges(tokenizer, messages, tools)
+    body = min((place.start for place in ranges if place.start < place.end), default=0)
+    return _rendered(tokenizer, text, tuple(ranges), body)
+
+
+def session_text(tokenizer: Any, text: str) -> Rendered:
+    """A text that a session begins with; with a chat template it stands in the first user turn, which stays open.
+
+    Raises:
+        InputError: empty, or half a character.
+    """
+    if not text.strip():
+        raise InputError(f"the text is empty ({text!r}): give the context to read")
+    templated = chat.has_template(tokenizer)
+    opening = chat.first_turn_frame(tokenizer).opening if templated else ""
+    return _rendered(tokenizer, opening + text, body_start=len(opening), special=not templated)
+
+
+def added_messages(tokenizer: Any, messages: Messages) -> Rendered:
+    """Messages that go on with a conversation.
+
+    Raises:
+        InputError: see `chat.continuation`; also no message.
+    """
+    text, ranges = chat.continuation(tokenizer, messages)
+    if not text:
+        raise InputError("nothing to append: give some messages")
+    return _rendered(tokenizer, text, tuple(ranges))
+
+
+def added_text(tokenizer: Any, text: str, messages: Sequence[MessageRange] = ()) -> Rendered:
+    """Text that goes on with a context; `messages` may begin before it, at negative places.
+
+    Raises:
+        InputError: half a character.
+    """
+    return _rendered(tokenizer, text, tuple(messages))
+
+
+def _rendered(
+    tokenizer: Any, text: str, messages: tuple[MessageRange, ...] = (), body_start: int = 0, special: bool = False
+) -> Rendered:
+    tokens, offsets = _encode(tokenizer, text, special)
+    return Rendered(text, tuple(tokens), tuple(offsets), messages, body_start)
+
+
+def _encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
+        ) from error
+    return encode(tokenizer, text, special)
+
+
+def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Callable[[Messages], Messages]]:
+    """What clearing a use does to the conversation; nothing where there is nothing left of it."""
+    steps = [partial(without_result, use=use), *([partial(without_inputs, use=use)] if edit.clears_inputs(use) else [])]
+    return [step for step in steps if step(messages) != list(messages)]
+
+
+def _gap(text: str, shorter: str) -> tuple[int, int] | None:
+    """The characters of `text` without which it is `shorter`; None where it takes more than one gap."""
+    missing = len(text) - len(shorter)
+    start = next(
+        (place for place, (one, other) in enumerate(zip(text, shorter, strict=False)) if one != other), len(shorter)
+    )
+    return (start, start + missing) if missing > 0 and text[start + missing :] == shorter[start:] else None
+
+
+def _touched(transcript: Transcript, gap: tuple[int, int]) -> range:
+    span = transcript.snap(*gap)
+    return range(span.start, span.end)
