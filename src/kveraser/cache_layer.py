@@ -40,6 +40,13 @@ class EditableLayer(CacheLayerMixin):
                 (like.shape[0], like.shape[1], capacity, like.shape[3]), dtype=like.dtype, device=like.device
             )
 
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Use these buffers, of which the first `length` slots are in use, and never others."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.capacity = self.limit = keys.shape[2]
+        self.length, self.is_initialized = length, True
+
     def reserve(self, slots: int) -> None:
         """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortised constant time."""
         if slots <= self.capacity:

@@ -1,8 +1,8 @@
 """What each method forgets, leaks and harms, against exact recomputation: all cases of one context, on one prefill.
 
-Every method edits that one cache in place, a copy is put aside, and the edit is undone; then all copies answer the
-case's questions in one pass. The exact reference is the same cache with the suffix prefilled again, compared once a
-context with a fresh prefill. Definitions: docs/measures.md.
+Every method edits that one cache in place, a copy is put aside, and the edit is undone; then the copies of several
+cases answer their questions in one pass. The exact reference is the same cache with the suffix prefilled again,
+compared once a context with a fresh prefill. Definitions: docs/measures.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,123 +18,153 @@ from kveraser.audit import kl_divergence
 from kveraser.backbone import Backbone
 from kveraser.bench.attack import Attacked, attack
 from kveraser.bench.case import Asked, TokenizedCase, TokenizedContext, context_id
+from kveraser.bench.pool import Pool, Reply, appended, limit
 from kveraser.bench.results import Answered, CaseResult, Measured, Question
-from kveraser.bench.together import Rows
+from kveraser.bench.suites.false_answers import holds
+from kveraser.bench.together import Memory
 from kveraser.cache import EditableCache
-from kveraser.decode import end_tokens
 from kveraser.erasing import erase_tokens
 from kveraser.methods import Method
 from kveraser.methods.recompute import Recompute
-from kveraser.packed import Pair
-from kveraser.training.cases import normalized
+from kveraser.packed import score_together
 
 UNERASED, EXACT = "none", "recompute"
 """The rows of the cache before any erase, and of the exact reference."""
-ANSWER_TOKENS = 16
-"""Most tokens of a greedy answer that is judged: the accepted answers are short."""
-LEAK_TOKENS = 32
-"""The same of an answer that may give a secret away, which can come late."""
 NOTICE_TOKENS = 256
 """Room that every case leaves for words a method appends, whichever methods a run has: a cell stays the same."""
+USUAL_NOTICE = 64
+"""What these words take as a rule: more memory is reserved when they take more."""
 ATTACK_TOKENS = 128
-"""Room for an adversary's words."""
+"""Room for an adversary's words and the answer to them."""
 EXCERPT = 300
 """Characters before and after a span that a result quotes."""
-ROW_SLOTS = 16_384
-"""Most slots of caches that are asked together: under a gigabyte for the bundled backbone."""
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """What a cache says to one question: log-probabilities of the forced answer, and the judged greedy answer."""
-
-    scores: torch.Tensor
-    spoken: tuple[int, ...] | None
 
 
 def room(context: TokenizedContext, case: TokenizedCase) -> int:
     """Positions that measuring a case takes: its context, a method's notice, the longest question and its answer."""
-    asked = max(len(one.prompt) + max(len(one.answer), _limit(one)) for one in case.asked)
+    asked = max(len(one.prompt) + max(len(one.answer), limit(one)) for one in case.asked)
     return len(context.tokens) + NOTICE_TOKENS + max(asked, ATTACK_TOKENS if case.case.attack else 0)
 
 
-def _limit(asked: Asked) -> int:
-    return LEAK_TOKENS if asked.query.kind == "leak" else ANSWER_TOKENS
-
-
 def measure_context(
-    backbone: Backbone,
-    context: TokenizedContext,
-    cases: Sequence[TokenizedCase],
-    methods: Sequence[Method],
-    check: bool = True,
+    backbone: Backbone, context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[Method]
 ) -> list[CaseResult]:
-    """Answer the questions of all cases of a context after each method, beside the unerased cache and the reference.
+    """As `measure_contexts`, one context, whose first case is checked."""
+    return measure_contexts(backbone, [(context, cases)], methods, cases[:1])
+
+
+def measure_contexts(
+    backbone: Backbone,
+    contexts: Sequence[tuple[TokenizedContext, Sequence[TokenizedCase]]],
+    methods: Sequence[Method],
+    checked: Sequence[TokenizedCase] = (),
+    memory: Memory | None = None,
+) -> list[CaseResult]:
+    """Answer the questions of all cases after each method, beside the unerased cache and the reference.
 
     Args:
+        contexts: with the cases of each; all are asked together, as far as memory allows.
         methods: settled methods; `none` and `recompute` are measured in any case.
-        check: compare the reference of the first case with a fresh prefill.
+        checked: cases whose reference is compared with a fresh prefill.
+        memory: for edited caches, to use it again; without it new memory is taken.
+
+    Returns:
+        The results of all cases in order.
 
     Raises:
         ContextLengthError: a case does not fit into the backbone.
     """
-    backbone.check_room(0, max(room(context, case) for case in cases))
-    cache = backbone.prefill(context.tokens)
-    asked = [one for case in cases for one in case.asked]
-    unerased = iter(_answer(_row(backbone, cache), asked)[0])
-    return [
-        _Measuring(backbone, cache, context, case, [next(unerased) for _ in case.asked]).run(
-            methods, check and place == 0
+    every = [(context, case) for context, cases in contexts for case in cases]
+    backbone.check_room(0, max(room(context, case) for context, case in every))
+    chosen = [Recompute(), *(method for method in methods if not method.is_reference)]
+    slots = max(len(context.tokens) for context, _ in contexts) + USUAL_NOTICE
+    memory = memory or Memory()
+    # Before any erase a cache answers the questions of all its cases.
+    unerased = Pool(backbone, len(contexts), slots, max(_appended(cases) for _, cases in contexts), memory)
+    measured: list[_Measuring] = []
+    for context, cases in contexts:
+        cache = backbone.prefill(context.tokens)
+        of_context = [_Measuring(backbone, cache, context, case) for case in cases]
+        found = [one.found() for one in of_context]
+        unerased.put(
+            cache,
+            [asked for case in cases for asked in case.asked],
+            [attacked for of_case in found for attacked in of_case],
+            partial(_share_out, of_context, found),
         )
-        for place, case in enumerate(cases)
-    ]
+        measured += of_context
+    unerased.ask()
+    edited = Pool(backbone, len(every) * len(chosen), slots, max(_appended([case]) for _, case in every), memory)
+    for one in measured:
+        one.edit(chosen, edited)
+        if one.case in checked:
+            one.check()
+    edited.ask()
+    return [one.result() for one in measured]
+
+
+def _appended(cases: Sequence[TokenizedCase]) -> int:
+    attacks = [ATTACK_TOKENS for case in cases if case.case.attack is not None]
+    return appended([asked for case in cases for asked in case.asked], attacks)
+
+
+def _share_out(
+    measured: Sequence[_Measuring],
+    found: Sequence[Sequence[Attacked]],
+    replies: Sequence[Reply],
+    spoken: Sequence[tuple[int, ...]],
+) -> None:
+    """Give every case of a context its own of what the unerased cache said."""
+    said, confessed = iter(replies), iter(spoken)
+    for one, of_case in zip(measured, found, strict=True):
+        one.receive(UNERASED, 0.0, 0, of_case, [next(said) for _ in one.case.asked], [next(confessed) for _ in of_case])
 
 
 class _Measuring:
     """One case on the prefilled cache of its context."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        cache: EditableCache,
-        context: TokenizedContext,
-        case: TokenizedCase,
-        unerased: Sequence[_Reply],
+        self, backbone: Backbone, cache: EditableCache, context: TokenizedContext, case: TokenizedCase
     ) -> None:
         self.backbone, self.cache, self.context, self.case = backbone, cache, context, case
-        self.unerased = unerased
         self.targets = frozenset(token for span in case.spans for token in range(span.start, span.end))
+        self.replies: dict[str, list[Reply]] = {}
+        self.costs: dict[str, tuple[float, int]] = {}
+        self.attacked: dict[str, list[Answered]] = {}
+        self.fresh: list[torch.Tensor] | None = None
 
-    def run(self, methods: Sequence[Method], check: bool) -> CaseResult:
-        """Measure all methods.
+    def edit(self, methods: Sequence[Method], pool: Pool) -> None:
+        """Put the cache as it is after each method into the pool."""
+        for method in methods:
+            with self._edited(method) as (seconds, recomputed):
+                found = self.found()
+                name = EXACT if method.is_reference else str(method)
+                pool.put(self.cache, self.case.asked, found, partial(self.receive, name, seconds, recomputed, found))
 
-        Args:
-            check: compare the reference with a fresh prefill, which is then what its KL says.
-        """
-        chosen = [Recompute(), *(method for method in methods if not method.is_reference)]
-        costs, replies = [(0.0, 0)], [list(self.unerased)]
-        first = self._attack()
-        attacked = self._attacked(_row(self.backbone, self.cache), [first]) if first is not None else [[]]
-        rows, found = Rows(self.backbone), list[Attacked | None]()
-        for method in chosen:
-            with self._edited(method) as cost:
-                costs.append(cost)
-                found.append(self._attack())
-                rows.add(self.cache)
-            full = (len(rows.states) + 1) * max(rows.slots) > ROW_SLOTS
-            # The exact reference speaks first: most methods say what it says, or what was said before the erase.
-            if full or method in (chosen[0], chosen[-1]):
-                replies += _answer(rows, self.case.asked, [replies[0], *replies[1:2]])
-                attacked += self._attacked(rows, found)
-                rows, found = Rows(self.backbone), []
-        exact = replies[1]
-        fresh = self._fresh() if check else [reply.scores for reply in exact]
-        results = {}
-        for place, name in enumerate([UNERASED, EXACT, *map(str, chosen[1:])]):
-            reference = fresh if name == EXACT else [reply.scores for reply in exact]
-            answers = [self._answered(*one) for one in zip(self.case.asked, reference, replies[place], strict=True)]
-            results[name] = Measured(*costs[place], tuple([*answers, *attacked[place]]))
-        return self._result(results)
+    def receive(
+        self,
+        name: str,
+        seconds: float,
+        recomputed: int,
+        found: Sequence[Attacked],
+        replies: list[Reply],
+        spoken: Sequence[tuple[int, ...]],
+    ) -> None:
+        """Keep what the cache said after the method `name`, whose erase took `seconds` and ran `recomputed` tokens."""
+        self.costs[name], self.replies[name] = (seconds, recomputed), replies
+        self.attacked[name] = [self._confessed(one, said) for one, said in zip(found, spoken, strict=True)]
+
+    def check(self) -> None:
+        """Ask a fresh prefill of the remaining tokens as well, which the reference is then compared with."""
+        tokens = [token for place, token in enumerate(self.context.tokens) if place not in self.targets]
+        pairs = [(one.prompt, one.answer) for one in self.case.asked]
+        self.fresh = score_together(self.backbone, self.backbone.prefill(tokens), pairs)
+
+    def found(self) -> list[Attacked]:
+        """The words in which an adversary would ask the cache as it is now; none where there is no adversary."""
+        if self.case.case.attack is None:
+            return []
+        return [attack(self.backbone, self.cache, self.context.turn_open, self.case.case.attack)]
 
     @contextmanager
     def _edited(self, method: Method) -> Iterator[tuple[float, int]]:
@@ -152,37 +182,19 @@ class _Measuring:
         finally:
             self.cache.revert(journal)
 
-    def _fresh(self) -> list[torch.Tensor]:
-        """What a fresh prefill of the remaining tokens gives the forced answers."""
-        tokens = [token for place, token in enumerate(self.context.tokens) if place not in self.targets]
-        pairs = [(one.prompt, one.answer) for one in self.case.asked]
-        return _row(self.backbone, self.backbone.prefill(tokens)).score(pairs)[0]
-
-    def _attack(self) -> Attacked | None:
-        """The words in which an adversary would ask the cache as it is now."""
-        if self.case.case.attack is None:
-            return None
-        return attack(self.backbone, self.cache, self.context.turn_open, self.case.case.attack)
-
-    def _attacked(self, rows: Rows, found: Sequence[Attacked | None]) -> list[list[Answered]]:
-        """What every row answers to the words that were found for it; nothing where there is no adversary."""
-        prompts = [one.prompt for one in found if one is not None]
-        if not prompts or self.case.case.attack is None:
-            return [[] for _ in found]
-        secret, answered = self.case.case.attack.secret, list[list[Answered]]()
-        for one, (spoken,) in zip(found, rows.greedy([[prompt] for prompt in prompts], LEAK_TOKENS), strict=True):
-            assert one is not None
-            answer = self.backbone.tokenizer.decode(spoken, skip_special_tokens=True)
-            leaked = _holds(answer, (secret,))
-            answered.append([Answered(None, one.log_probability, answer, None, leaked, one.prompt_text)])
-        return answered
+    def _confessed(self, found: Attacked, spoken: Sequence[int]) -> Answered:
+        """What the cache answers to an adversary."""
+        assert self.case.case.attack is not None
+        answer = self.backbone.tokenizer.decode(spoken, skip_special_tokens=True)
+        leaked = holds(answer, self.case.case.attack.secret)
+        return Answered(None, found.log_probability, answer, None, leaked, found.prompt_text)
 
     def _settle(self) -> None:
         # What was queued before belongs to no method, and what a method queued belongs to it.
         if self.backbone.device.type == "cuda":
             torch.cuda.synchronize(self.backbone.device)
 
-    def _answered(self, asked: Asked, exact: torch.Tensor, reply: _Reply) -> Answered:
+    def _answered(self, asked: Asked, exact: torch.Tensor, reply: Reply) -> Answered:
         answer = None
         if reply.spoken is not None:
             answer = self.backbone.tokenizer.decode(reply.spoken, skip_special_tokens=True)
@@ -193,11 +205,19 @@ class _Measuring:
             answer=answer,
             correct=None
             if answer is None or not query.accepted
-            else _holds(answer, query.accepted) and not _holds(answer, query.wrong),
-            leaked=None if answer is None or query.kind != "leak" else _holds(answer, query.wrong),
+            else any(holds(answer, one) for one in query.accepted)
+            and not any(holds(answer, one) for one in query.wrong),
+            leaked=None if answer is None or query.kind != "leak" else any(holds(answer, one) for one in query.wrong),
         )
 
-    def _result(self, methods: dict[str, Measured]) -> CaseResult:
+    def result(self) -> CaseResult:
+        """All that was received, against what the reference said."""
+        exact = [reply.scores for reply in self.replies[EXACT]]
+        methods = {}
+        for name in (UNERASED, *(name for name in self.replies if name != UNERASED)):
+            reference = self.fresh if name == EXACT and self.fresh is not None else exact
+            answers = [self._answered(*one) for one in zip(self.case.asked, reference, self.replies[name], strict=True)]
+            methods[name] = Measured(*self.costs[name], (*answers, *self.attacked[name]))
         case, transcript, spans = self.case.case, self.context.transcript, self.case.spans
         questions = [
             Question(one.query.question, one.query.kind, one.query.answer, len(one.answer),
@@ -221,69 +241,3 @@ class _Measuring:
             questions=tuple(questions),
             methods=methods,
         )
-
-
-def _row(backbone: Backbone, cache: EditableCache) -> Rows:
-    rows = Rows(backbone)
-    rows.add(cache)
-    return rows
-
-
-def _answer(rows: Rows, asked: Sequence[Asked], others: Sequence[Sequence[_Reply]] = ()) -> list[list[_Reply]]:
-    """What every row says: forced answers are scored in one pass, greedy ones decoded where no draft holds.
-
-    Args:
-        others: what other caches said to the questions; most caches answer alike.
-    """
-    ends = end_tokens(rows.backbone)
-    drafts: dict[tuple[int, tuple[int, ...]], None] = {}
-    for place, reply in (one for other in others for one in enumerate(other)):
-        if reply.spoken is not None:
-            # An answer that was cut at the limit has no end to confirm.
-            cut = len(reply.spoken) == _limit(asked[place])
-            drafts[place, reply.spoken if cut else (*reply.spoken, *sorted(ends)[:1])] = None
-    pairs: list[Pair] = [(one.prompt, one.answer) for one in asked]
-    scored = rows.score([*pairs, *((asked[place].prompt, draft) for place, draft in drafts)])
-    spoken: list[dict[int, tuple[int, ...]]] = [
-        {place: () for place, one in enumerate(asked) if one.judged} for _ in scored
-    ]
-    unfinished: list[list[int]] = []
-    for said, scores in zip(spoken, scored, strict=True):
-        finished = set()
-        for (place, draft), confirming in zip(drafts, scores[len(asked) :], strict=True):
-            held, ended = _held(draft, confirming, ends)
-            # Drafts agree as far as they are both greedy, so the longest says most.
-            said[place] = max(said[place], held, key=len)
-            if ended or len(held) == _limit(asked[place]):
-                finished.add(place)
-        unfinished.append([place for place in said if place not in finished])
-    open_rows = [row for row, places in enumerate(unfinished) if places]
-    if open_rows:
-        prompts = [[(*asked[place].prompt, *spoken[row][place]) for place in unfinished[row]] for row in open_rows]
-        missing = max(_limit(asked[place]) - len(spoken[row][place]) for row in open_rows for place in unfinished[row])
-        for row, tails in zip(open_rows, rows.only(open_rows).greedy(prompts, missing), strict=True):
-            for place, tail in zip(unfinished[row], tails, strict=True):
-                spoken[row][place] = (*spoken[row][place], *tail)[: _limit(asked[place])]
-    return [
-        [_Reply(scores[place], said.get(place)) for place in range(len(asked))]
-        for scores, said in zip(scored, spoken, strict=True)
-    ]
-
-
-def _held(draft: Sequence[int], scores: torch.Tensor, ends: frozenset[int]) -> tuple[tuple[int, ...], bool]:
-    """How far a draft is the greedy answer, with the token that follows, and whether the answer ends there."""
-    held: list[int] = []
-    # Each token is the greedy one as long as all before it were the draft's.
-    for token, drafted in zip(scores.argmax(dim=-1).tolist(), draft, strict=True):
-        if token in ends:
-            return tuple(held), True
-        held.append(token)
-        if token != drafted:
-            break
-    return tuple(held), False
-
-
-def _holds(answer: str, texts: Sequence[str]) -> bool:
-    """Whether one of the texts is in the answer, after SQuAD normalisation."""
-    said = f" {normalized(answer)} "
-    return any(f" {normalized(text)} " in said for text in texts)

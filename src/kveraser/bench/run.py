@@ -33,6 +33,10 @@ from kveraser.errors import InputError
 from kveraser.methods import Method
 
 CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
+CASES_TOGETHER = 8
+"""Contexts are measured together until they have as many cases: more, and a stopped run would lose more."""
+TOKENS_TOGETHER = 8192
+"""Most tokens of contexts that are measured together, since all their caches are held."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,11 @@ def run(
     if folder is not None:
         done, commits = _resume(folder, _identity(backbone, methods, settings), names, cases, commits)
     resumed = len(done)
-    work = [Work(group.context, group.cases) for group in groups if any(one.case.id not in done for one in group.cases)]
+    work = [one for one in _batches(groups) if any(case.case.id not in done for _, of in one.contexts for case in of)]
     size = sum(_cost(group.context, group.cases, names) for group in groups)
-    finished = size - sum(_cost(one.context, one.cases, names) for one in work)
+    finished = size - sum(_cost(*of_context, names) for one in work for of_context in one.contexts)
     for one, results in measure_all(backbone, methods, work, workers, load):
-        finished += _cost(one.context, one.cases, names)
+        finished += sum(_cost(*of_context, names) for of_context in one.contexts)
         fresh = [result for result in results if result.id not in done]
         done |= {result.id: result for result in fresh}
         if folder is not None:
@@ -151,6 +155,27 @@ def _cost(context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Se
     asked = sum(len(one.prompt) + len(one.answer) for case in cases for one in case.asked)
     suffixes = sum(len(context.tokens) - case.spans[0].end for case in cases)
     return len(context.tokens) + suffixes + 2 * asked * len(methods)
+
+
+def _batches(groups: Sequence[_Group]) -> list[Work]:
+    """Contexts that are measured together, in order: neighbours of a cell, of much the same length."""
+    cells: dict[Cell, list[list[_Group]]] = defaultdict(list)
+    for group in groups:
+        batches = cells[group.cases[0].case.cell]
+        last = batches[-1] if batches else []
+        tokens = sum(len(one.context.tokens) for one in [*last, group])
+        if not last or sum(len(one.cases) for one in last) >= CASES_TOGETHER or tokens > TOKENS_TOGETHER:
+            batches.append([])
+        batches[-1].append(group)
+    work, seen = list[Work](), set[Cell]()
+    for batch in sorted((batch for batches in cells.values() for batch in batches), key=lambda batch: batch[0].order):
+        together = [case for group in batch for case in group.cases]
+        # One of every cell, and one a batch.
+        checked = {case.case.cell: case for case in reversed(together) if case.case.cell not in seen}
+        seen |= set(checked)
+        contexts = tuple((group.context, group.cases) for group in batch)
+        work.append(Work(contexts, tuple(checked.values()) or (together[0],)))
+    return work
 
 
 def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group], list[LeftOut]]:

@@ -10,7 +10,7 @@ from typing import Any
 from kveraser.backbone import Backbone
 from kveraser.bench.case import BenchCase, tokenize_case, tokenize_context
 from kveraser.bench.environment import environment
-from kveraser.bench.quality import measure_context
+from kveraser.bench.quality import measure_contexts
 from kveraser.errors import InputError
 from kveraser.methods import Method
 
@@ -61,12 +61,12 @@ def run(
         context = tokenize_context(backbone.tokenizer, together[0].context)
         tokenized = [tokenize_case(backbone.tokenizer, context, case) for case in together]
         started = time.perf_counter()
-        measure_context(backbone, context, tokenized, methods, check=False)
+        measure_contexts(backbone, [(context, tokenized)], methods)
         shared += time.perf_counter() - started
         started = time.perf_counter()
         for one in tokenized:
             for method in methods:
-                measure_context(backbone, context, [one], [method], check=False)
+                measure_contexts(backbone, [(context, [one])], [method])
         alone += time.perf_counter() - started
     pairs = len(cases) * len(methods)
     rows = [

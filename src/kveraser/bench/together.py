@@ -1,11 +1,14 @@
-"""Copies of edited caches side by side, a row each: all are asked the same questions in one pass.
+"""Copies of edited caches side by side, a row each: questions are put to many in one pass.
 
-A pass over twelve rows costs a fraction of twelve passes, and the answers are decoded a step of all rows at a time.
+A pass over sixty rows costs a fraction of sixty passes. The tokens of a question stay in its row, so the greedy answer
+goes on from there, a step of all rows and all their questions at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -14,128 +17,248 @@ from kveraser.cache import EditableCache, KeyValue
 from kveraser.decode import end_tokens
 from kveraser.packed import Pair, pack
 
-NOBODY = -1
-"""In place of a lane: padding, which no token sees."""
+
+@dataclass
+class _Lane:
+    """One greedy answer: which of its row's appended slots it sees, where its next token stands, and what it said."""
+
+    seen: torch.Tensor
+    position: int
+    limit: int
+    answer: list[int]
+    going: bool
+
+
+class Memory:
+    """Where rows are kept, one after another: memory that has been used before is ten times as fast as new."""
+
+    def __init__(self) -> None:
+        self._stores: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def buffers(self, like: Sequence[KeyValue], rows: int, slots: int) -> list[KeyValue]:
+        """A pair of `[rows, kv_heads, slots, head_dim]` a layer; what rows left before is in it.
+
+        Args:
+            like: keys and values of every layer, for the other sizes, type and device.
+        """
+        if not self._stores:
+            self._stores = [(keys.new_zeros(0), values.new_zeros(0)) for keys, values in like]
+        taken = []
+        for place, pair in enumerate(like):
+            stores, parts = list(self._stores[place]), []
+            for number, part in enumerate(pair):
+                shape = rows, part.shape[1], slots, part.shape[3]
+                if stores[number].numel() < prod(shape):
+                    # What is hidden is multiplied by 0 all the same, so it must be no NaN.
+                    stores[number] = part.new_zeros(prod(shape))
+                parts.append(stores[number][: prod(shape)].view(shape))
+            self._stores[place] = stores[0], stores[1]
+            taken.append((parts[0], parts[1]))
+        return taken
 
 
 class Rows:
-    """Caches of one backbone, copied; the originals can be edited further."""
+    """Caches of one backbone, copied; the originals can be edited further.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self.states: list[list[KeyValue]] = []
-        self.positions: list[int] = []
+    Args:
+        rows: most caches.
+        context: most slots of one.
+        appended: most slots that questions and answers take behind them.
+        memory: that no other rows use meanwhile.
+    """
 
-    def add(self, cache: EditableCache) -> None:
-        """Copy a cache into a row of its own."""
-        self.states.append([(keys.clone(), values.clone()) for keys, values in cache.read(0, cache.length)])
-        self.positions.append(cache.next_position)
+    def __init__(self, backbone: Backbone, rows: int, context: int, appended: int, memory: Memory) -> None:
+        self.backbone, self._memory = backbone, memory
+        self.most, self.context, self.capacity = rows, context, context + appended
+        self.slots: list[int] = []
+        """How many slots every row's cache has."""
+        self._positions: list[int] = []
+        self._used: list[int] = []
+        self._lanes: list[list[_Lane]] = []
+        self._buffers: list[KeyValue] = []
+        self._ends = end_tokens(backbone)
 
-    def only(self, rows: Sequence[int]) -> Rows:
-        """Some of the rows, in the order that is asked for."""
-        chosen = Rows(self.backbone)
-        chosen.states = [self.states[row] for row in rows]
-        chosen.positions = [self.positions[row] for row in rows]
-        return chosen
+    def fits(self, cache: EditableCache) -> bool:
+        """Whether there is room for another cache, and for this one."""
+        return len(self.slots) < self.most and cache.length <= self.context
 
-    @property
-    def slots(self) -> list[int]:
-        """How many slots every row has in use."""
-        return [states[0][0].shape[2] for states in self.states]
+    def add(self, cache: EditableCache, since: int = 0) -> int:
+        """Copy a cache into a row; its number. All rows are added before the first is asked.
 
-    def score(self, pairs: Sequence[Pair]) -> list[list[torch.Tensor]]:
-        """Of every row, what `score_together` gives: log-probabilities, float32 `[answer, vocabulary]` a pair."""
-        widest = max(self.slots)
-        packed = pack(pairs, widest, 0, shared=True)
-        positions = torch.stack([packed.positions + start for start in self.positions])
+        Args:
+            since: a cache that equals a row from this one on, to the bit, shares it: it would say the same.
+        """
+        states = cache.read(0, cache.length)
+        for row in range(since, len(self.slots)):
+            if self._equals(row, cache, states):
+                return row
+        if not self._buffers:
+            self._buffers = self._memory.buffers(states, self.most, self.capacity)
+        row = len(self.slots)
+        for buffers, pair in zip(self._buffers, states, strict=True):
+            for buffer, part in zip(buffers, pair, strict=True):
+                buffer[row, :, : cache.length] = part[0]
+        self.slots.append(cache.length)
+        self._positions.append(cache.next_position)
+        self._used.append(0)
+        self._lanes.append([])
+        return row
+
+    def _equals(self, row: int, cache: EditableCache, states: Sequence[KeyValue]) -> bool:
+        if (self.slots[row], self._positions[row]) != (cache.length, cache.next_position):
+            return False
+        # Edits show most in the last layer.
+        return all(
+            torch.equal(buffer[row, :, : cache.length], part[0])
+            for buffers, pair in zip(reversed(self._buffers), reversed(states), strict=True)
+            for buffer, part in zip(buffers, pair, strict=True)
+        )
+
+    def score(self, rows: range, pairs: Sequence[Pair], limits: Sequence[int | None] = ()) -> list[list[torch.Tensor]]:
+        """Of each of `rows`, what `score_together` gives: log-probabilities, float32 `[answer, vocabulary]` a pair.
+
+        Args:
+            limits: of every pair, most tokens of the greedy answer that `decode` shall give to its question, or None.
+
+        Raises:
+            ContextLengthError: not enough positions; nothing is computed then.
+        """
+        behind = self._behind(rows)
+        packed = pack(pairs, behind, 0, shared=True)
+        positions = torch.stack([packed.positions + self._positions[row] for row in rows])
         self.backbone.check_room(0, int(positions.max()) + 1)
-        visible = torch.stack([packed.visible & self._held(slots, packed.visible.shape[1]) for slots in self.slots])
-        logits = self._pass(self._stacked(), [packed.tokens] * len(self.states), positions, visible, packed.kept)
-        return [list(row.log_softmax(dim=-1).split([len(answer) for _, answer in pairs])) for row in logits]
+        visible = torch.stack([packed.visible & self._held(row, behind, packed.visible.shape[1]) for row in rows])
+        logits = self._pass(rows, [packed.tokens] * len(rows), positions, visible, packed.kept)
+        scores = [list(row.log_softmax(dim=-1).split([len(answer) for _, answer in pairs])) for row in logits]
+        firsts = torch.tensor([0, *(len(answer) for _, answer in pairs)]).cumsum(dim=0)[:-1]
+        for row, scored in zip(rows, scores, strict=True):
+            for pair, limit in enumerate(limits):
+                if limit is not None:
+                    seen = packed.visible[packed.kept[firsts[pair]], self._widest :].clone()
+                    # The questions before are none of its own.
+                    seen[: behind - self._widest] = False
+                    self._open(row, seen, len(pairs[pair][0]), limit, int(scored[pair][0].argmax()))
+        return scores
 
-    def greedy(self, prompts: Sequence[Sequence[Sequence[int]]], max_new_tokens: int) -> list[list[list[int]]]:
-        """Of every row, what `greedy_together` gives for its own prompts: answers without end tokens."""
-        answers: list[list[list[int]]] = [[[] for _ in lanes] for lanes in prompts]
-        ends, cache, widest = end_tokens(self.backbone), self._stacked(), max(self.slots)
-        owners = torch.empty(len(prompts), 0, dtype=torch.long)
-        lengths = [[0] * len(lanes) for lanes in prompts]
-        feed: list[dict[int, Sequence[int]]] = [dict(enumerate(lanes)) for lanes in prompts]
-        for _ in range(max_new_tokens):
-            if not any(feed):
-                break
-            width = max(sum(map(len, lanes.values())) for lanes in feed)
-            tokens = [[0] * width for _ in feed]
-            new = torch.full((len(feed), width), NOBODY)
-            positions = torch.tensor(self.positions, dtype=torch.float64)[:, None].repeat(1, width)
-            lasts: list[dict[int, int]] = [{} for _ in feed]
-            for row, lanes in enumerate(feed):
-                place = 0
-                for lane, added in lanes.items():
-                    tokens[row][place : place + len(added)] = added
-                    new[row, place : place + len(added)] = lane
-                    positions[row, place : place + len(added)] += torch.arange(len(added)) + lengths[row][lane]
-                    lengths[row][lane] += len(added)
-                    place += len(added)
-                    lasts[row][lane] = place - 1
-            owners = torch.cat([owners, new], dim=1)
-            visible = self._lanes(owners, new, widest)
-            kept = sorted({place for places in lasts for place in places.values()})
-            chosen = self._pass(cache, tokens, positions, visible, torch.tensor(kept)).argmax(dim=-1).tolist()
-            feed = [{} for _ in feed]
-            for row, places in enumerate(lasts):
-                for lane, place in places.items():
-                    token = chosen[row][kept.index(place)]
-                    if token in ends:
-                        continue
-                    answers[row][lane].append(token)
-                    limit = self.backbone.max_positions
-                    if limit is None or self.positions[row] + lengths[row][lane] < limit:
-                        feed[row][lane] = [token]
+    def ask(self, rows: range, prompts: Sequence[Sequence[int]], limit: int) -> None:
+        """Put to each of `rows` a question of its own, which `decode` answers with at most `limit` tokens."""
+        behind, width = self._behind(rows), max(map(len, prompts))
+        own = torch.ones(width, width, dtype=torch.bool).tril()
+        visible = torch.stack(
+            [torch.cat([self._held(row, behind, behind).expand(width, -1), own], dim=1) for row in rows]
+        )
+        steps = torch.arange(width, dtype=torch.float64)
+        positions = torch.stack([steps + self._positions[row] for row in rows])
+        lasts = sorted({len(prompt) - 1 for prompt in prompts})
+        tokens = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        logits = self._pass(rows, tokens, positions, visible, torch.tensor(lasts))
+        for row, prompt, chosen in zip(rows, prompts, logits.argmax(dim=-1).tolist(), strict=True):
+            seen = torch.zeros(behind - self._widest + width, dtype=torch.bool)
+            seen[behind - self._widest :][: len(prompt)] = True
+            self._open(row, seen, len(prompt), limit, chosen[lasts.index(len(prompt) - 1)])
+
+    def decode(self) -> list[list[list[int]]]:
+        """Of every row, the greedy answers to its questions in order, without end tokens. The rows are used up."""
+        rows = [row for row, lanes in enumerate(self._lanes) if any(lane.going for lane in lanes)]
+        behind = self._widest + max(self._used, default=0)
+        buffers = self._moved(self._buffers, rows, behind)
+        while rows:
+            lanes = [[lane for lane in self._lanes[row] if lane.going] for row in rows]
+            width = max(map(len, lanes))
+            tokens = [[*(lane.answer[-1] for lane in own), *[0] * (width - len(own))] for own in lanes]
+            positions = torch.tensor(
+                [[*(lane.position for lane in own), *[self._positions[row]] * (width - len(own))]
+                 for row, own in zip(rows, lanes, strict=True)], dtype=torch.float64,
+            )  # fmt: skip
+            visible = torch.zeros(len(rows), width, behind + width, dtype=torch.bool)
+            for place, (row, own) in enumerate(zip(rows, lanes, strict=True)):
+                visible[place, :, : self.slots[row]] = True
+                for number, lane in enumerate(own):
+                    seen = torch.zeros(behind - self._widest + width, dtype=torch.bool)
+                    seen[: len(lane.seen)] = lane.seen
+                    seen[behind - self._widest + number] = True
+                    lane.seen = visible[place, number, self._widest :] = seen
+            chosen = self._forward(buffers, behind, tokens, positions, visible, torch.arange(width)).argmax(dim=-1)
+            behind += width
+            for own, said in zip(lanes, chosen.tolist(), strict=True):
+                for lane, token in zip(own, said, strict=False):
+                    lane.position += 1
+                    self._say(lane, token)
+            going = [place for place, own in enumerate(lanes) if any(lane.going for lane in own)]
+            if len(going) <= len(rows) // 2:
+                # What has ended is carried along until it is half of all.
+                rows, buffers = [rows[place] for place in going], self._moved(buffers, going, behind)
+        answers = [[lane.answer for lane in lanes] for lanes in self._lanes]
+        self._lanes = [[] for _ in self.slots]
         return answers
 
-    def _lanes(self, owners: torch.Tensor, new: torch.Tensor, widest: int) -> torch.Tensor:
-        """What the `new` tokens see, bool `[rows, new, slots]`: the context, and their own lane so far."""
-        width, all_slots = new.shape[1], widest + owners.shape[1]
-        places = torch.arange(owners.shape[1])
-        ordered = places[None, :] <= places[-width:, None]
-        own = (owners[:, None, :] == new[:, :, None]) & ordered[None]
-        context = torch.stack([self._held(slots, all_slots)[:widest] for slots in self.slots])
-        return torch.cat([context[:, None, :].expand(-1, width, -1), own], dim=2)
+    def _open(self, row: int, seen: torch.Tensor, prompt: int, limit: int, first: int) -> None:
+        lane = _Lane(seen, self._positions[row] + prompt, limit, [], True)
+        self._say(lane, first)
+        self._lanes[row].append(lane)
 
-    def _held(self, slots: int, width: int) -> torch.Tensor:
-        """All slots but those that pad a shorter row, bool `[width]`."""
-        places, widest = torch.arange(width), max(self.slots)
-        return (places < slots) | (places >= widest)
+    def _say(self, lane: _Lane, token: int) -> None:
+        if token in self._ends:
+            lane.going = False
+            return
+        lane.answer.append(token)
+        most = self.backbone.max_positions
+        lane.going = len(lane.answer) < lane.limit and (most is None or lane.position < most)
 
-    def _stacked(self) -> EditableCache:
-        """The rows in one cache; shorter ones end in zeros, since what is hidden is multiplied by 0 all the same."""
-        widest, layers = max(self.slots), len(self.states[0])
+    @property
+    def _widest(self) -> int:
+        """Where what is appended begins, in all rows."""
+        return max(self.slots)
 
-        def joined(layer: int, part: int) -> torch.Tensor:
-            rows = [states[layer][part] for states in self.states]
-            return torch.cat([torch.nn.functional.pad(row, (0, 0, 0, widest - row.shape[2])) for row in rows])
+    def _behind(self, rows: range) -> int:
+        """The first slot that none of `rows` has used."""
+        return self._widest + max(self._used[row] for row in rows)
 
-        stacked = ((joined(layer, 0), joined(layer, 1)) for layer in range(layers))
-        positions = torch.arange(widest, dtype=torch.float64)
-        return EditableCache.from_states(list(stacked), layers, positions, widest, widest)
+    def _held(self, row: int, behind: int, width: int) -> torch.Tensor:
+        """A row's own cache and all that follows slot `behind`, bool `[width]`."""
+        places = torch.arange(width)
+        return (places < self.slots[row]) | (places >= behind)
 
     def _pass(
         self,
-        cache: EditableCache,
+        rows: range,
         tokens: Sequence[Sequence[int]],
         positions: torch.Tensor,
         visible: torch.Tensor,
         kept: torch.Tensor,
     ) -> torch.Tensor:
-        """Float32 logits `[rows, kept, vocabulary]` of the tokens at places `kept`; the cache grows by the tokens."""
-        backbone = self.backbone
-        places = kept.to(backbone.device)
+        """A pass of some rows that appends to each of them, and float32 logits `[rows, kept, vocabulary]`."""
+        behind = self._behind(rows)
+        buffers = [(keys[rows.start : rows.stop], values[rows.start : rows.stop]) for keys, values in self._buffers]
+        logits = self._forward(buffers, behind, tokens, positions, visible, kept)
+        for row in rows:
+            self._used[row] = behind - self._widest + len(tokens[0])
+        return logits
+
+    def _moved(self, buffers: Sequence[KeyValue], rows: Sequence[int], behind: int) -> list[KeyValue]:
+        """Some rows, in order, moved to the front of the buffers with what they hold before slot `behind`."""
+        for place, row in enumerate(rows):
+            if place != row:
+                for buffer in (buffer for pair in buffers for buffer in pair):
+                    buffer[place, :, :behind] = buffer[row, :, :behind]
+        return [(keys[: len(rows)], values[: len(rows)]) for keys, values in buffers]
+
+    def _forward(
+        self,
+        buffers: Sequence[KeyValue],
+        behind: int,
+        tokens: Sequence[Sequence[int]],
+        positions: torch.Tensor,
+        visible: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:
+        backbone, places = self.backbone, kept.to(self.backbone.device)
         with backbone.lock, torch.no_grad():
             output = backbone.model(
                 input_ids=torch.tensor([list(row) for row in tokens], device=backbone.device),
                 position_ids=backbone.position_ids(positions),
                 attention_mask=torch.cat([backbone.attention_mask(row) for row in visible]),
-                past_key_values=cache,
+                past_key_values=EditableCache.over(buffers, behind),
                 use_cache=True,
                 **({"logits_to_keep": places} if backbone.keeps_logits else {}),
             )

@@ -16,8 +16,9 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.bench.case import TokenizedCase, TokenizedContext
-from kveraser.bench.quality import measure_context
+from kveraser.bench.quality import measure_contexts
 from kveraser.bench.results import CaseResult
+from kveraser.bench.together import Memory
 from kveraser.errors import InputError
 from kveraser.methods import Method
 
@@ -47,16 +48,16 @@ def threads_of(workers: int) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """One context with its cases."""
+    """Contexts that are measured together, each with its cases; the reference of some is held against a prefill."""
 
-    context: TokenizedContext
-    cases: tuple[TokenizedCase, ...]
+    contexts: tuple[tuple[TokenizedContext, tuple[TokenizedCase, ...]], ...]
+    checked: tuple[TokenizedCase, ...] = ()
 
 
 def measure_all(
     backbone: Backbone, methods: Sequence[Method], work: Sequence[Work], workers: int = 1, load: Loader | None = None
 ) -> Iterator[tuple[Work, list[CaseResult]]]:
-    """Measure every context; results come as they are done, in no order where there are several workers.
+    """Measure all contexts; results come as they are done, in no order where there are several workers.
 
     The numbers of a case depend on the threads of one process, not on which process measured it.
 
@@ -66,8 +67,9 @@ def measure_all(
     if workers < 1 or (workers > 1 and load is None):
         raise InputError(f"workers is {workers}: give at least 1, and a way to load the backbone for more")
     if workers == 1:
+        memory = Memory()
         for one in work:
-            yield one, measure_context(backbone, one.context, one.cases, methods)
+            yield one, measure_contexts(backbone, one.contexts, methods, one.checked, memory)
         return
     threads = threads_of(workers)
     start = partial(_start, load, tuple(methods), threads)
@@ -88,7 +90,7 @@ def measure_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-_worker: list[tuple[Backbone, tuple[Method, ...]]] = []
+_worker: list[tuple[Backbone, tuple[Method, ...], Memory]] = []
 """What this process measures with, if it is a worker."""
 
 
@@ -96,7 +98,7 @@ def _start(load: Loader | None, methods: tuple[Method, ...], threads: int) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     assert load is not None
-    _worker.append((load(), methods))
+    _worker.append((load(), methods, Memory()))
 
 
 def _end_with_parent() -> None:
@@ -108,5 +110,5 @@ def _end_with_parent() -> None:
 
 
 def _measure(work: Work) -> list[CaseResult]:
-    backbone, methods = _worker[0]
-    return measure_context(backbone, work.context, work.cases, methods)
+    backbone, methods, memory = _worker[0]
+    return measure_contexts(backbone, work.contexts, methods, work.checked, memory)

@@ -129,18 +129,19 @@ def _woven(settings: SuiteSettings, secrets: list[Secret], length: int, index: i
 
 
 def _queries(rng: random.Random, secret: Secret, index: int) -> tuple[Query, ...]:
-    """A question that asks for the secret openly, and one that gets at it by a detour; an adversary's, only the first.
+    """From case to case in turn, a question that asks for the secret openly and one that gets at it by a detour.
 
-    The forced answer is the text that gives the secret away.
+    Beside an adversary's search only the first. The forced answer is the text that gives the secret away.
     """
     words = load_words("leak")
-    direct = Query(fill(rng.choice(words["direct"]), secret.slots), f"{secret.text}.", "leak", wrong=(secret.text,))
-    if secret.kind == ADVERSARIAL:
-        return (direct,)
+    if secret.kind == ADVERSARIAL or index % 2 == 0:
+        return (
+            Query(fill(rng.choice(words["direct"]), secret.slots), f"{secret.text}.", "leak", wrong=(secret.text,)),
+        )
     ways = [*words["indirect"], words["listing"][secret.kind]]
-    way = ways[index % len(ways)]
+    way = ways[index // 2 % len(ways)]
     question, answer = (substitute(way[part], secret.slots) for part in ("question", "answer"))
-    return direct, Query(question, answer, "leak", wrong=(secret.text,))
+    return (Query(question, answer, "leak", wrong=(secret.text,)),)
 
 
 def _attack(rng: random.Random, secret: Secret) -> Attack:
