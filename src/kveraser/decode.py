@@ -158,17 +158,21 @@ class AnswerText:
     Attributes:
         text: of all tokens so far, up to a stop text.
         shown: the part of it that can be shown.
+        cut: whether a stop text came.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self.text = self.shown = ""
+        self.cut = False
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens: list[int] = []
 
     def add(self, token: int) -> str:
         """Add a token; what can be shown now and could not before."""
         self._tokens.append(token)
-        self.text = _cut(self._tokenizer.decode(self._tokens, skip_special_tokens=True), self._stop)
+        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        self.text = _cut(whole, self._stop)
+        self.cut = len(self.text) < len(whole)
         return self._show(_without_partial(self.text, self._stop))
 
     def finish(self) -> str:

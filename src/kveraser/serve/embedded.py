@@ -1,0 +1,240 @@
+"""The in-process engine: transformers runs the backbone, and a context is a session of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from kveraser.backbone import Backbone
+from kveraser.decode import AnswerText, Decoding, end_tokens
+from kveraser.errors import InputError, SessionError
+from kveraser.probes import Probe
+from kveraser.receipt import Audit, Receipt
+from kveraser.serve.batch import can_step_together, step_together
+from kveraser.serve.engine import Held, Rendered, Sampling, Step, Stream, TokenLogprob
+from kveraser.serve.held import ANSWER_ROOM, HeldSession
+from kveraser.serve.sampling import Sampler
+from kveraser.session import Session
+from kveraser.spans import Span, Tokens, Transcript
+
+
+class _Answer:
+    """A stream: an answer of one context while it is decoded."""
+
+    def __init__(self, held: HeldSession, sampling: Sampling) -> None:
+        backbone = held.backbone
+        self.sampler = Sampler(sampling)
+        self.decoding = Decoding(stop=sampling.stop)
+        self.text = AnswerText(backbone.tokenizer, sampling.stop)
+        self.held, self.tokens = held, list[int]()
+        self.ends, self.limit = end_tokens(backbone), sampling.max_tokens
+        self.marks = held.open_answer()
+        self.feed = held.transcript.tokens[held.pending_places(1)[0]]
+        self.finish_reason: str | None = None
+        self.closed = False
+        # Tokens whose text is not shown yet, with where it begins.
+        self._waiting: list[tuple[TokenLogprob, int]] = []
+
+    def advance(self, chosen: TokenLogprob) -> Step:
+        """Say a token."""
+        if chosen.token in self.ends:
+            return self._finish("stop", "")
+        self._waiting.append((chosen, len(self.text.text.rstrip("\ufffd"))))
+        self.tokens.append(chosen.token)
+        self.feed = chosen.token
+        shown, backbone = self.text.add(chosen.token), self.held.backbone
+        if self.text.cut or self.decoding.stops(backbone.tokenizer, self.tokens):
+            return self._finish("stop", shown)
+        full = backbone.max_positions is not None and self.held.cache.next_position >= backbone.max_positions
+        if full or (self.limit is not None and len(self.tokens) >= self.limit):
+            return self._finish("length", shown)
+        everything = self.text.shown == self.text.text
+        return Step(shown, self._said(len(self._waiting) if everything else self._begun()))
+
+    def _finish(self, reason: str, shown: str) -> Step:
+        self.finish_reason = reason
+        shown += self.text.finish()
+        if not self.text.cut:
+            return Step(shown, self._said(len(self._waiting)), reason)
+        said = self._said(self._begun())
+        # What stands behind the beginning of a stop text was never said.
+        del self.tokens[len(self.tokens) - len(self._waiting) :]
+        return Step(shown, said, reason)
+
+    def _begun(self) -> int:
+        """Waiting tokens of which some text is shown."""
+        return sum(start < len(self.text.shown) for _, start in self._waiting)
+
+    def _said(self, count: int) -> tuple[TokenLogprob, ...]:
+        said = tuple(token for token, _ in self._waiting[:count])
+        del self._waiting[:count]
+        return said
+
+
+class TransformersEngine:
+    """A backbone in this process. See `kveraser.serve.engine.Engine`, whose methods these are.
+
+    Args:
+        backbone: the model; while the engine is used, no other thread edits its contexts.
+        method: how spans are erased where a request names no method; None: the loaded eraser, or `recompute`.
+    """
+
+    def __init__(self, backbone: Backbone, method: str | None = None) -> None:
+        self.backbone, self.method = backbone, method
+        self.name, self.tokenizer, self.max_positions = backbone.name, backbone.tokenizer, backbone.max_positions
+        self._together = can_step_together(backbone)
+        self._vocabulary: int = backbone.model.get_input_embeddings().num_embeddings
+
+    def hold(self, text: Rendered) -> HeldSession:
+        """A new context; nothing is computed.
+
+        Raises:
+            ContextLengthError: more tokens than the backbone has positions.
+            InputError: no tokens, or ids that the backbone does not have.
+        """
+        self._check(text)
+        held = HeldSession.restore(
+            self.backbone, self.backbone.new_cache(len(text.tokens) + ANSWER_ROOM), Transcript(),
+            slots=(), receipts=(), turn_open=text.body_start > 0 and not text.messages, tools=None,
+        )  # fmt: skip
+        held.add(text)
+        return held
+
+    def append(self, held: Held, text: Rendered) -> None:
+        """As `hold` raises; the context is as before then."""
+        self._check(text)
+        _own(held).add(text)
+
+    def _check(self, text: Rendered) -> None:
+        if not text.tokens:
+            raise InputError("the text has no tokens: give some")
+        foreign = [token for token in text.tokens if not 0 <= token < self._vocabulary]
+        if foreign:
+            raise InputError(f"token {foreign[0]} is none of the {self._vocabulary} of {self.name}: give ids from 0 on")
+
+    def prefill(self, held: Held, most: int) -> int:
+        """Returns how many tokens must still run before an answer can begin: 0 when only the last one is pending."""
+        session = _own(held)
+        session.run_pending(max(0, min(most, session.pending - 1)))
+        return max(0, session.pending - 1)
+
+    def truncate(self, held: Held, tokens: int) -> None:
+        """Undo steps go where what they would bring back is forgotten."""
+        _own(held).truncate(tokens)
+
+    def erase(
+        self, held: Held, spans: Sequence[Span], method: str | None, max_kl: float | None, undoable: bool
+    ) -> Receipt:
+        """A budget without a method is one for `auto`."""
+        session = _own(held)
+        if session.pending > 1:
+            raise SessionError(f"{session.pending - 1} tokens wait to be run: prefill the context before an erase")
+        chosen = method or ("auto" if max_kl is not None else self.method)
+        if chosen == "auto":
+            # Its audits compare with all live tokens.
+            session.run_pending(1)
+        receipt = session.erase([Tokens(span.start, span.end) for span in spans], chosen, max_kl=max_kl)
+        if not undoable:
+            session.forget_undo(0)
+            session.receipts[-1] = receipt = replace(receipt, undo_bytes=0)
+        return receipt
+
+    def undo(self, held: Held, steps: int) -> None:
+        """As `Session.undo`: erases, appends and kept answers, each a step."""
+        _own(held).undo(steps)
+
+    def forget_undo(self, held: Held, keep: int) -> None:
+        """Overwrites unused slots as well."""
+        _own(held).forget_undo(keep)
+
+    def fork(self, held: Held) -> HeldSession:
+        """Undo steps are copied too."""
+        return _own(held).fork()
+
+    def exact_copy(self, held: Held) -> HeldSession:
+        """Nothing is computed; `prefill` does, in chunks. Its receipts are as they were."""
+        return _own(held).exact_copy()
+
+    def audit(self, held: Held, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None) -> Audit:
+        """As `Session.audit`."""
+        session = _own(held)
+        session.run_pending(session.pending)
+        return session.audit(probes, secrets=secrets)
+
+    def begin(self, held: Held, sampling: Sampling) -> Stream:
+        """Where nothing is pending, the last token is run once more.
+
+        Raises:
+            InputError: the sampling asks for what there is not.
+            SessionError, ContextLengthError: more than the last token is pending; no position is left.
+        """
+        return _Answer(_own(held), sampling)
+
+    def step(self, streams: Sequence[Stream]) -> list[Step]:
+        """After an exception no stream has moved."""
+        answers = [_open(stream) for stream in streams]
+        ended = [answer for answer in answers if answer.finish_reason is not None]
+        if ended:
+            raise SessionError(f"an answer has ended ({ended[0].finish_reason}): finish it, and begin another")
+        caches, tokens = [answer.held.cache for answer in answers], [answer.feed for answer in answers]
+        lengths = [cache.length for cache in caches]
+        try:
+            if self._together and len(answers) > 1:
+                logits = step_together(self.backbone, caches, tokens)
+            else:
+                alone = zip(caches, tokens, strict=True)
+                logits = torch.cat([self.backbone.logits(cache, [token]) for cache, token in alone])
+            chosen = [answer.sampler.choose(row) for answer, row in zip(answers, logits.cpu(), strict=True)]
+        except BaseException:
+            for cache, length in zip(caches, lengths, strict=True):
+                if cache.length > length:
+                    cache.truncate(length)
+            raise
+        return [answer.advance(token) for answer, token in zip(answers, chosen, strict=True)]
+
+    def finish(self, stream: Stream, keep: bool) -> None:
+        """A kept answer is an undo step. Its last token is pending; a second call does nothing."""
+        if isinstance(stream, _Answer) and stream.closed:
+            return
+        answer = _open(stream)
+        answer.closed = True
+        answer.held.close_answer(answer.marks, answer.tokens, keep)
+
+    def save(self, held: Held, path: Path) -> None:
+        """A session file of the library.
+
+        Raises:
+            SessionFileError: it can't be written; an earlier file is untouched then.
+        """
+        _own(held).save(path)
+
+    def load(self, path: Path) -> HeldSession:
+        """Raises SessionFileError for what is missing, corrupt, or another model's."""
+        read = Session.load(path, self.backbone)
+        return HeldSession.restore(
+            self.backbone, read.cache, read.transcript, slots=read.slots, receipts=read.receipts,
+            turn_open=read.turn_open, tools=read.tools,
+        )  # fmt: skip
+
+    def drop(self, held: Held, wipe: bool) -> None:
+        """The context can't be used any more.
+
+        Raises:
+            SessionError: an answer is being decoded.
+        """
+        _own(held).release(wipe)
+
+
+def _own(held: Held) -> HeldSession:
+    if not isinstance(held, HeldSession):
+        raise SessionError(f"{type(held).__name__} is no context of this engine: take one from hold or load")
+    return held
+
+
+def _open(stream: Stream) -> _Answer:
+    if not isinstance(stream, _Answer) or stream.closed:
+        raise SessionError("the answer is finished: begin another")
+    return stream

@@ -1,0 +1,238 @@
+"""A context in this process: a session of the library whose last tokens may still wait to be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kveraser import chat
+from kveraser.context import Marks
+from kveraser.decode import text_with_offsets
+from kveraser.errors import InputError, SessionError
+from kveraser.methods import METHODS, NOT_LIVE
+from kveraser.serve.engine import Rendered
+from kveraser.session import Session
+
+ANSWER_ROOM = 256
+"""Slots that a new context gets beside those of its text, so that its first answer moves nothing."""
+
+
+class HeldSession(Session):
+    """A session of which the last tokens may not be in the cache yet. Made with `restore`.
+
+    It takes what `Session` takes, except that its own appends and answers come in steps, for the engine to take.
+    """
+
+    # Reading
+
+    @property
+    def pending(self) -> int:
+        """Live tokens at the end of the transcript that are not in the cache yet."""
+        return sum(self.transcript.live) - self._held
+
+    @property
+    def _held(self) -> int:
+        return sum(source != NOT_LIVE for source in self.slots)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cache equals a fresh prefill of the live tokens in it."""
+        return self.cache.exact_length == self.cache.length == self._held
+
+    @property
+    def undo_steps(self) -> int:
+        """How many erases, appends and kept answers can be undone."""
+        return len(self._history)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, those kept for undo included."""
+        return self.cache.nbytes + sum(marks.journal.bytes for marks in self._history if marks.journal is not None)
+
+    def pending_places(self, most: int) -> list[int]:
+        """Where the first `most` pending tokens stand in the transcript."""
+        live = self.transcript.live
+        places: list[int] = []
+        place, wanted = len(live), self.pending
+        while len(places) < wanted:
+            place -= 1
+            if live[place]:
+                places.append(place)
+        return places[::-1][:most]
+
+    # Growing
+
+    def add(self, text: Rendered) -> None:
+        """Add text to the end, all of it pending.
+
+        Raises:
+            ContextLengthError, SessionError: the session is as before.
+        """
+        self._check_idle()
+        self.backbone.check_room(self.cache.next_position + self.pending, len(text.tokens))
+        marks, transcript, base = self._marks(), self.transcript, len(self.transcript.text)
+        if transcript.tokens:
+            self._history.append(marks)
+        else:
+            transcript.body_start = text.body_start
+        transcript.append(text.text, text.tokens, text.offsets)
+        transcript.messages += [chat.moved(message, base) for message in text.messages]
+        self.turn_open = self.turn_open and not text.messages
+
+    def run_pending(self, most: int) -> None:
+        """Run the first `most` pending tokens.
+
+        Raises:
+            ContextLengthError: the session is as before.
+        """
+        self._check_idle()
+        places = self.pending_places(most)
+        if places:
+            self.backbone.extend(self.cache, [self.transcript.tokens[place] for place in places])
+            self.slots += places
+
+    # Going back
+
+    def truncate(self, tokens: int) -> None:
+        """Forget the transcript from token `tokens` on, with the receipts and undo steps that lie behind it.
+
+        Raises:
+            SessionError: there are not so many tokens, or none would remain.
+        """
+        self._check_idle()
+        transcript = self.transcript
+        if not 0 < tokens <= len(transcript.tokens):
+            raise SessionError(f"can't keep {tokens} tokens of {len(transcript.tokens)}: keep from 1 to all of them")
+        if tokens == len(transcript.tokens):
+            return
+        slots = self._slots_of_first(tokens)
+        forgotten: list[Marks] = []
+        while self._history and (
+            self._history[-1].tokens > tokens
+            or (self._history[-1].tokens == tokens and self._history[-1].journal is None)
+        ):
+            forgotten.append(self._history.pop())
+        if forgotten:
+            self.turn_open = forgotten[-1].turn_open
+        if any(marks.journal is not None for marks in forgotten):
+            # What lies before an erase that can't be undone can't be reached either.
+            self._history.clear()
+        self.cache.truncate(slots)
+        del self.slots[slots:]
+        # Several tokens may share the last character.
+        characters = max(end for _, end in transcript.offsets[:tokens])
+        messages = [message for message in transcript.messages if message.end <= characters]
+        transcript.truncate(tokens, characters, 0)
+        transcript.messages = messages
+        self.receipts[:] = [receipt for receipt in self.receipts if receipt.spans[0][0] < tokens]
+
+    def _slots_of_first(self, tokens: int) -> int:
+        """How many slots belong to the first `tokens` of the transcript."""
+        slots = next((slot for slot, source in enumerate(self.slots) if source >= tokens), len(self.slots))
+        if self.transcript.live[tokens - 1]:
+            # States that stand for what was erased behind it go too.
+            while slots and self.slots[slots - 1] == NOT_LIVE:
+                slots -= 1
+        for receipt in self.receipts:
+            if receipt.method in METHODS and not METHODS[receipt.method].removes_text:
+                # Its notice goes, and with it all that kept the span from being read: what follows is run again.
+                first = receipt.spans[0][0]
+                kept = [slot for slot, source in enumerate(self.slots[:slots]) if 0 <= source < first]
+                slots = kept[-1] + 1 if kept else 0
+        return slots
+
+    def fork(self) -> HeldSession:
+        """An independent copy, with undo steps of its own."""
+        forked = super().fork()
+        forked._history = [
+            marks if marks.journal is None else replace(marks, journal=marks.journal.copy()) for marks in self._history
+        ]
+        return forked
+
+    def exact_copy(self) -> HeldSession:
+        """The same transcript and receipts, with nothing in the cache yet and nothing to undo."""
+        self._check_idle()
+        fields = self.transcript
+        transcript = replace(
+            fields, tokens=list(fields.tokens), offsets=list(fields.offsets),
+            live=list(fields.live), messages=list(fields.messages),
+        )  # fmt: skip
+        cache = self.backbone.new_cache(self._held + self.pending + ANSWER_ROOM)
+        return type(self).restore(
+            self.backbone, cache, transcript, slots=(), receipts=self.receipts,
+            turn_open=self.turn_open, tools=self.tools,
+        )  # fmt: skip
+
+    # Forgetting for good
+
+    def forget_undo(self, keep: int) -> None:
+        """Keep only the last `keep` undo steps; what the others held, and unused slots, are overwritten."""
+        self._check_idle()
+        if keep < 0:
+            raise InputError(f"can't keep {keep} undo steps: keep 0 or more")
+        kept = len(self._history) - min(keep, len(self._history))
+        for marks in self._history[:kept]:
+            if marks.journal is not None:
+                marks.journal.wipe()
+        del self._history[:kept]
+        self.cache.wipe_unused()
+
+    def release(self, wipe: bool) -> None:
+        """Let go of all keys and values. With `wipe`, all buffers are overwritten first."""
+        self._check_idle()
+        if wipe:
+            self.forget_undo(0)
+            self.cache.truncate(0)
+            self.cache.wipe_unused()
+        self.cache = self.backbone.new_cache()
+        self.slots, self._history = [], []
+
+    # Answers
+
+    def open_answer(self) -> Marks:
+        """Take no other call until `close_answer`; what the session was.
+
+        Raises:
+            SessionError: more than the last token is pending, or there is no token to go on from.
+            ContextLengthError: no position is left.
+        """
+        self._check_idle()
+        if self.pending > 1:
+            raise SessionError(f"{self.pending - 1} tokens wait to be run: prefill the context first")
+        if not self.pending:
+            self._step_back()
+        self.backbone.check_room(self.cache.next_position, 1)
+        self._streaming = True
+        return self._marks()
+
+    def _step_back(self) -> None:
+        """Take the last token out of the cache: an answer begins with the logits behind it."""
+        if not self.slots or self.slots[-1] == NOT_LIVE:
+            raise SessionError("the context ends in what was erased: append a message or text before an answer")
+        length = self.cache.length - 1
+        journal = self._history[-1].journal if self._history else None
+        if journal is None:
+            self.cache.truncate(length)
+        else:
+            # Run again its states may differ in the last bit, and undo brings back every bit.
+            with self.cache.edit() as step_back:
+                self.cache.truncate(length)
+            journal.steps += step_back.steps
+        self.slots.pop()
+
+    def close_answer(self, marks: Marks, tokens: Sequence[int], keep: bool) -> None:
+        """End an answer of `tokens`: kept, they are part of the session, and the last of them is pending."""
+        if not keep or not tokens:
+            self._restore(marks)
+            self._streaming = False
+            return
+        text, offsets = text_with_offsets(self.backbone.tokenizer, tokens)
+        last = self.pending_places(1)
+        before = len(self.transcript.tokens)
+        if self.cache.length > marks.length + len(tokens):
+            self.cache.truncate(marks.length + len(tokens))
+        self.slots += [*last, *range(before, before + len(tokens))][: self.cache.length - marks.length]
+        self.transcript.append(text, tokens, offsets)
+        self.turn_open = False
+        self._history.append(marks)
+        self._streaming = False

@@ -1,0 +1,113 @@
+"""From logits to a token, as OpenAI's API describes it: penalties, temperature, top_p; seeded, one row at a time.
+
+Every stream samples alone, from its own random numbers, so that no other stream changes what it says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import isfinite
+from typing import Any
+
+import torch
+
+from kveraser.errors import BackboneError, InputError
+from kveraser.serve.engine import Sampling, TokenLogprob
+
+GREEDY_BELOW = 1e-5
+"""Lower temperatures are greedy: dividing by them leaves float32."""
+
+MOST_LOGPROBS = 20
+
+RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+}
+"""Of OpenAI's API."""
+
+
+def check(sampling: Sampling) -> None:
+    """Refuse what can't be sampled by.
+
+    Raises:
+        InputError: naming the setting and its value.
+    """
+    for name, (low, high) in RANGES.items():
+        value = getattr(sampling, name)
+        if type(value) not in (int, float) or not isfinite(value) or not low <= value <= high:
+            raise InputError(f"{name} is {value!r}, but it is a number from {low:g} to {high:g}")
+    if sampling.max_tokens is not None and (type(sampling.max_tokens) is not int or sampling.max_tokens < 1):
+        raise InputError(f"max_tokens is {sampling.max_tokens!r}: ask for at least 1")
+    if sampling.seed is not None and type(sampling.seed) is not int:
+        raise InputError(f"seed is {sampling.seed!r}: give a whole number, or none")
+    if sampling.logprobs is not None and (
+        type(sampling.logprobs) is not int or not 0 <= sampling.logprobs <= MOST_LOGPROBS
+    ):
+        raise InputError(f"logprobs is {sampling.logprobs!r}, but it is a count from 0 to {MOST_LOGPROBS}")
+    if not all(isinstance(stop, str) and stop for stop in sampling.stop):
+        raise InputError(f"stop is {sampling.stop!r}: give texts, none of them empty")
+
+
+class Sampler:
+    """Chooses the tokens of one answer.
+
+    Raises:
+        InputError: see `check`.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        check(sampling)
+        self.sampling = sampling
+        self._counts: Counter[int] = Counter()
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed % 2**63)
+        self._warpers = _warpers(sampling)
+
+    def choose(self, logits: torch.Tensor) -> TokenLogprob:
+        """The next token, with the model's own log-probabilities: before penalties, temperature and top_p.
+
+        Args:
+            logits: float32 `[vocabulary]`, on the CPU.
+
+        Raises:
+            BackboneError: the logits are no numbers; nothing is chosen then.
+        """
+        if bool(logits.isnan().any()):
+            raise BackboneError("the model's logits are not numbers: load it in another dtype, such as float32")
+        scores = self._penalized(logits)
+        if self.sampling.temperature < GREEDY_BELOW:
+            token = int(scores.argmax())
+        else:
+            for warper in self._warpers:
+                scores = warper(None, scores[None])[0]
+            token = int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+        self._counts[token] += 1
+        logprobs = logits.log_softmax(dim=-1)
+        likeliest = logprobs.topk(min(self.sampling.logprobs or 0, logits.numel()))
+        top = tuple(zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True))
+        return TokenLogprob(token, float(logprobs[token]), top)
+
+    def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
+        """Minus, for every token said, the presence penalty and as many frequency penalties as it was said."""
+        frequency, presence = self.sampling.frequency_penalty, self.sampling.presence_penalty
+        if not self._counts or not (frequency or presence):
+            return logits
+        said = torch.tensor(list(self._counts))
+        times = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+        return logits.index_add(0, said, -(frequency * times + presence))
+
+
+def _warpers(sampling: Sampling) -> list[Any]:
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = []
+    if sampling.temperature >= GREEDY_BELOW and sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+    return warpers
