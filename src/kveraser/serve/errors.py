@@ -73,6 +73,18 @@ class Unauthorized(ServeError):
     status, kind, usual_code = 401, "authentication_error", "invalid_api_key"
 
 
+class NotFound(ServeError):
+    """There is nothing at this path."""
+
+    status, kind, usual_code = 404, "not_found_error", "not_found"
+
+
+class WrongMethod(ServeError):
+    """There is something at this path, but not for this method."""
+
+    status, kind, usual_code = 405, "invalid_request_error", "method_not_allowed"
+
+
 class UnknownModel(ServeError):
     """The server has no model of this name."""
 
@@ -101,6 +113,12 @@ class TooLarge(ServeError):
     """The request's body is larger than the server reads."""
 
     status, kind, usual_code = 413, "invalid_request_error", "request_too_large"
+
+
+class NotJson(ServeError):
+    """The request's body is not declared as JSON."""
+
+    status, kind, usual_code = 415, "invalid_request_error", "unsupported_media_type"
 
 
 class Overloaded(ServeError):

@@ -1,0 +1,92 @@
+"""Error replies: what a client did wrong, as OpenAI-style error objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from kveraser.errors import KVEraserError
+from kveraser.serve.errors import (
+    InvalidRequest,
+    NotFound,
+    NotJson,
+    ServeError,
+    TooLarge,
+    WrongMethod,
+    as_serve_error,
+)
+
+SHOWN_VALUE = 80
+"""Most characters of a wrong value in a message."""
+
+UNION_TAGS = frozenset({"str", "int", "float", "bool", "dict", "none", "input_tokens", "tool_uses"})
+"""How pydantic names the alternatives of a field; a client knows its fields only."""
+
+
+def error_response(error: KVEraserError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The reply that an error becomes."""
+    serve = as_serve_error(error)
+    sent = dict(headers or {})
+    if serve.retry_after is not None:
+        sent["Retry-After"] = str(max(1, math.ceil(serve.retry_after)))
+    if serve.status == 401:
+        sent["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(_printable(serve.to_json()), serve.status, sent)
+
+
+def _printable(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with what can't be encoded replaced: a message may quote what a client wrote in a path."""
+    message = body["error"]["message"].encode("utf-8", "replace").decode()
+    return {"error": {**body["error"], "message": message}}
+
+
+def of_http(error: HTTPException, method: str, path: str) -> ServeError:
+    """What the framework refuses."""
+    match error.status_code:
+        case 404:
+            return NotFound(f"there is nothing at {path[:SHOWN_VALUE]!r}: see /openapi.json")
+        case 405:
+            return WrongMethod(f"{path[:SHOWN_VALUE]!r} takes no {method[:SHOWN_VALUE]}: see /openapi.json")
+        case 413:
+            return TooLarge(error.detail)
+        case 415:
+            return NotJson(error.detail)
+    return InvalidRequest(error.detail)
+
+
+def of_validation(error: RequestValidationError) -> InvalidRequest:
+    """What is wrong with a body or a path: the most telling of pydantic's complaints, and how many more there are."""
+    found: Sequence[Mapping[str, Any]] = error.errors()
+    # Of a field's alternatives the one that was meant is the one that fails furthest inside.
+    first = max(found, key=lambda one: len(one["loc"]) if one["loc"][:2] == found[0]["loc"][:2] else 0)
+    param = ".".join(str(part) for part in first["loc"][1:] if not _is_tag(part))
+    message = _told(first)
+    fields = {".".join(str(part) for part in one["loc"][1:] if not _is_tag(part)) for one in found} - {param}
+    more = f"; and {len(fields)} more fields are wrong" if fields else ""
+    return InvalidRequest(f"{param}: {message}{more}" if param else f"{message}{more}", param=param or None)
+
+
+def _is_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part in UNION_TAGS or "[" in part or part.startswith("constrained-"))
+
+
+def _told(one: Mapping[str, Any]) -> str:
+    match one["type"]:
+        case "value_error":
+            return str(one["ctx"]["error"])
+        case "missing":
+            return "it is missing"
+        case "extra_forbidden":
+            return "this server knows no such field: leave it out"
+    said = str(one["msg"])
+    said = said[:1].lower() + said[1:]
+    value = one.get("input")
+    if isinstance(value, str | int | float | bool | None):
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+        return f"{said}, but it is {shown if len(shown) <= SHOWN_VALUE else shown[:SHOWN_VALUE] + '...'}"
+    return said

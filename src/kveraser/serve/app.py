@@ -1,0 +1,138 @@
+"""The server: routes, middleware and the playground's files around a service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from kveraser.serve.access import PAGE_PATH, Access, Gate, Keys, Limits
+from kveraser.serve.api import chat, completions, health, models, sessions
+from kveraser.serve.api.observed import Observed
+from kveraser.serve.api.refusals import error_response, of_http, of_validation
+from kveraser.serve.metrics import Metrics
+from kveraser.serve.service import Service
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Names of this machine for itself."""
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "font-src 'self'; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+"""The page loads nothing from elsewhere, runs no inline scripts, and stands in nobody's frame."""
+
+DESCRIPTION = (
+    "OpenAI-compatible answers from cached conversations whose history can be edited cheaply, and sessions that are "
+    "edited by hand."
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server meets its clients.
+
+    Attributes:
+        keys: without any, everyone is the one anonymous owner.
+        limits: of every key.
+        most_bytes: of a request's body.
+        hosts: names by which the server may be asked; None: any.
+        page: folder of the playground; it may be missing.
+    """
+
+    keys: Keys = field(default_factory=Keys)
+    limits: Limits = field(default_factory=Limits)
+    most_bytes: int = 16 * 2**20
+    hosts: frozenset[str] | None = LOOPBACK
+    page: Path = Path(__file__).parent / "page"
+
+
+class _Page(StaticFiles):
+    """The playground's files."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
+    """The ASGI application; it closes the service when it shuts down."""
+    settings = settings or Settings()
+    metrics = Metrics(service.status)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(
+        title="kveraser",
+        version="1",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        # Records of exceptions would hold what clients wrote.
+        telemetry={"logs": False, "auto_configure": False},
+        exception_handlers={HTTPException: _refuse_http, RequestValidationError: _refuse_body},
+    )
+    app.state.service, app.state.metrics, app.state.most_bytes = service, metrics, settings.most_bytes
+    for module in (chat, completions, models, sessions, health):
+        app.include_router(module.routes)
+    app.include_router(health.open_routes)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        index = settings.page / "index.html"
+        if not index.is_file():
+            raise HTTPException(404)
+        return FileResponse(index, headers=PAGE_HEADERS)
+
+    app.mount(PAGE_PATH.rstrip("/"), _Page(directory=settings.page, check_dir=False))
+    # The last one added is the first one asked.
+    app.add_middleware(Access, keys=settings.keys, gate=Gate(settings.limits), hosts=settings.hosts)
+    app.add_middleware(Observed, metrics=metrics)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(of_http(error, request.method, request.url.path), error.headers)
+
+
+async def _refuse_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(of_validation(error))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, without the status 422 that it adds everywhere and that never occurs here."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,236 @@
+"""What request and response bodies share: a strict base, and the kinds of fields that several bodies have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from kveraser.errors import KVEraserError
+from kveraser.methods import make_method
+from kveraser.serve.engine import Sampling
+from kveraser.serve.exchange import Erasing
+from kveraser.spans import selector_from_json
+
+WHOLE = 2**31 - 1
+"""Larger numbers of tokens, messages or steps mean nothing."""
+
+
+class Request(BaseModel):
+    """A request body: types are not converted, unknown fields are refused, numbers are finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Reply(BaseModel):
+    """A response body. A field without default is always there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def only(neutral: Any, why: str) -> BeforeValidator:
+    """Lets through null and the value that asks for nothing; refuses all others, saying why."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value != neutral:
+            raise ValueError(f"{why}: leave it out")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _library(check: Callable[[Any], Any]) -> AfterValidator:
+    """Lets the library judge a value, in its own words."""
+
+    def checked(value: Any) -> Any:
+        try:
+            check(value)
+        except (KVEraserError, ArithmeticError) as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    return AfterValidator(checked)
+
+
+Hint = Annotated[Any, Field(description="Accepted and without effect.")]
+
+MethodName = Annotated[
+    str,
+    # What the library parses is a call in Python's syntax: only names and numbers reach it from outside.
+    Field(
+        pattern=r"^[a-z_+]+(\(([a-z_]+=)?[0-9.]+(, ?([a-z_]+=)?[0-9.]+)*\))?$",
+        max_length=64,
+        examples=["repair(32)", "recompute", "auto"],
+    ),
+    _library(lambda name: name == "auto" or make_method(name)),
+]
+
+Selector = Annotated[
+    Any,
+    _library(selector_from_json),
+    WithJsonSchema(
+        {
+            "title": "Span",
+            "anyOf": [
+                {"type": "string", "minLength": 1, "description": "A text that occurs once."},
+                {
+                    "type": "array",
+                    "items": {"type": "integer"},
+                    "minItems": 2,
+                    "maxItems": 2,
+                    "description": "[start, end) in characters of the session's own text.",
+                },
+                {
+                    "type": "object",
+                    "properties": {
+                        "text": {"type": "string", "minLength": 1},
+                        "occurrence": {"type": ["integer", "null"], "description": "Which one, from 1."},
+                    },
+                    "required": ["text"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {
+                        "pattern": {"type": "string", "description": "A regular expression; every match is erased."},
+                        "occurrence": {"type": ["integer", "null"], "description": "Only this match, from 1."},
+                    },
+                    "required": ["pattern"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {
+                        "message": {"type": "integer", "description": "Index; negative counts from the end."},
+                        "keep_turn": {"type": "boolean"},
+                    },
+                    "required": ["message"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {
+                        "tool_call_id": {"type": "string", "description": "The result of this call."},
+                        "keep_turn": {"type": "boolean"},
+                    },
+                    "required": ["tool_call_id"],
+                    "additionalProperties": False,
+                },
+            ],
+        }
+    ),
+]
+"""A span as `kveraser.spans.selector_from_json` reads it."""
+
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class SamplingFields(Request):
+    """How an answer is decoded, as OpenAI names it."""
+
+    max_tokens: int | None = Field(None, ge=1, le=WHOLE)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = Field(
+        None, description="Up to 4 texts at which the answer ends."
+    )
+
+    def sampling(self, temperature: float, max_tokens: int | None, logprobs: int | None) -> Sampling:
+        """The settings; `temperature` where the request names none."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            seed=self.seed,
+            stop=tuple(stop),
+            logprobs=logprobs,
+        )
+
+
+def budget_fits(method: str | None, max_kl: float | None) -> None:
+    """A budget is for the method that chooses among all.
+
+    Raises:
+        ValueError: there is a budget beside another method.
+    """
+    if max_kl is not None and method not in (None, "auto"):
+        raise ValueError(f"max_kl is the budget of method auto, but the method is {method}: leave one of them out")
+
+
+class KVEraserFields(Request):
+    """How removed parts of the history are erased from the cache, for this request."""
+
+    method: MethodName | None = Field(None, description="`recompute` asks for an exact answer; null: the server's own.")
+    max_kl: float | None = Field(None, ge=0, description="The cheapest method within this budget, nats per token.")
+    now_then_exact: bool = Field(False, description="Answer from the edited cache; an exact one takes its place later.")
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        budget_fits(self.method, self.max_kl)
+        return self
+
+    def erasing(self) -> Erasing:
+        """The same for the service."""
+        return Erasing(self.method, self.max_kl, self.now_then_exact)
+
+
+class Happening(Reply):
+    """What the request did to the cache that answered it."""
+
+    action: Literal["prefill", "append", "erase", "recompute"] = Field(
+        description="`prefill`: nothing was cached; `append`: text was added; `erase`: spans went from the cache; "
+        "`recompute`: run again from the first difference on."
+    )
+    context: str = Field(description="Id of the cached context.")
+    erased_tokens: int
+    recomputed_tokens: int
+    prefilled_tokens: int
+    exact: bool = Field(description="The cache that answered equals a fresh prefill of its live tokens.")
+    receipts: list[dict[str, Any]] = Field(description="Of this request's erases.")
+    applied_edits: list[dict[str, Any]] = Field(description="Of this request's context management.")
+    exact_pending: bool = Field(description="An exact cache is being made in idle time.")
+
+
+class PromptTokensDetails(Reply):
+    """How many tokens of the prompt came from the cache."""
+
+    cached_tokens: int
+
+
+class Usage(Reply):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ErrorObject(Reply):
+    """What was wrong, and what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Reply):
+    """Every error of the server."""
+
+    error: ErrorObject

@@ -1,0 +1,126 @@
+"""Messages and tools in OpenAI's format: what clients may send, and the plain form that chat templates take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import from_json
+
+from kveraser.serve.fields import Hint, Request
+
+
+class _Echoed(BaseModel):
+    """A part of a message; clients send back what servers added to it, and that is left out."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class TextPart(_Echoed):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Echoed):
+    """A function with its arguments, which are JSON in a text."""
+
+    name: str = Field(min_length=1)
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _json(cls, arguments: str) -> str:
+        try:
+            parsed = from_json(arguments or "{}", allow_inf_nan=False)
+        except ValueError as error:
+            raise ValueError(f"the arguments are not JSON ({error}): give an object as JSON text") from error
+        if not isinstance(parsed, dict):
+            raise ValueError(f"the arguments are JSON of a {type(parsed).__name__}: give an object as JSON text")
+        return arguments or "{}"
+
+
+class ToolCall(_Echoed):
+    """A call that the assistant made."""
+
+    id: str = Field(min_length=1)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Echoed):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = Field(None, description="Of a tool's message: the call that it answers.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of role {self.role} has no content: give a text")
+        if self.role == "tool" and not self.tool_call_id:
+            raise ValueError("a message of role tool answers a call: give its tool_call_id")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of role {self.role} has tool_calls: only an assistant's has")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates take it."""
+        content = self.content if isinstance(self.content, str | None) else "".join(part.text for part in self.content)
+        read: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.name is not None:
+            read["name"] = self.name
+        if self.tool_calls:
+            read["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.role == "tool":
+            read["tool_call_id"] = self.tool_call_id
+        return read
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+def answered(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """The messages, when every tool result among them answers a call before it.
+
+    A call without its result is fine: dropping results from the history is what this server is for.
+
+    Raises:
+        ValueError: a result of a call that does not exist.
+    """
+    known: set[str] = set()
+    for index, message in enumerate(messages):
+        known |= {call.id for call in message.tool_calls or []}
+        if message.role == "tool" and message.tool_call_id not in known:
+            raise ValueError(
+                f"message {index} is the result of a tool call {message.tool_call_id!r}, and no message before it "
+                "makes that call: drop the result together with its call"
+            )
+    return messages
+
+
+# Tools
+
+
+class FunctionDescription(Request):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments.")
+    strict: Hint = None
+
+
+class Tool(Request):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDescription
+
+    def plain(self) -> dict[str, Any]:
+        """The tool as chat templates take it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}

@@ -1,0 +1,215 @@
+"""Request bodies of chat completions and completions, as OpenAI's API has them, with what this server adds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from kveraser.serve.exchange import Erasing, Turn
+from kveraser.serve.fields import WHOLE, Hint, KVEraserFields, Request, SamplingFields, only
+from kveraser.serve.messages import Messages, Tool, answered
+from kveraser.serve.tool_results import ToolResultEdit
+
+COMPLETION_TOKENS = 16
+"""Default length of a completion, as in OpenAI's API; an answer in a chat may fill the context."""
+
+# Context management
+
+
+class InputTokens(Request):
+    """A number of tokens of the conversation."""
+
+    type: Literal["input_tokens"]
+    value: int = Field(ge=0, le=WHOLE)
+
+
+class ToolUses(Request):
+    """A number of tool uses."""
+
+    type: Literal["tool_uses"]
+    value: int = Field(ge=0, le=WHOLE)
+
+
+class ClearToolUses(Request):
+    """Clear old tool results, as Anthropic's context editing does; here they are erased from the cache."""
+
+    type: Literal["clear_tool_uses_20250919"]
+    trigger: Annotated[InputTokens | ToolUses, Field(discriminator="type")] | None = Field(
+        None, description="The edit applies above this; default 100,000 tokens."
+    )
+    keep: ToolUses | None = Field(None, description="Tool uses at the end that stay; default 3.")
+    clear_at_least: InputTokens | None = Field(None, description="When less would go, nothing does.")
+    exclude_tools: list[str] | None = Field(None, description="Names of tools whose results stay.")
+    clear_tool_inputs: bool | list[str] | None = Field(None, description="Clear the calls' arguments as well.")
+
+    def edit(self) -> ToolResultEdit:
+        """The same for the service."""
+        given: dict[str, Any] = {}
+        if isinstance(self.trigger, InputTokens):
+            given["trigger_input_tokens"] = self.trigger.value
+        elif self.trigger is not None:
+            given |= {"trigger_input_tokens": None, "trigger_tool_uses": self.trigger.value}
+        if self.keep is not None:
+            given["keep"] = self.keep.value
+        if self.clear_at_least is not None:
+            given["clear_at_least"] = self.clear_at_least.value
+        inputs = self.clear_tool_inputs
+        return ToolResultEdit(
+            exclude_tools=frozenset(self.exclude_tools or ()),
+            clear_tool_inputs=frozenset(inputs) if isinstance(inputs, list) else bool(inputs),
+            **given,
+        )
+
+
+class ContextManagement(Request):
+    """Edits to the conversation before the model sees it."""
+
+    edits: list[ClearToolUses] = Field(default_factory=list, max_length=8)
+
+
+# Requests
+
+
+class StreamOptions(Request):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Hint = None
+
+
+class GenerationRequest(SamplingFields):
+    """What requests for an answer have in common."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Literal[1] | None, only(1, "one answer a request")] = None
+    logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0), only({}, "tokens can't be biased")] = None
+    kveraser: KVEraserFields | None = None
+    user: Hint = None
+
+    @model_validator(mode="after")
+    def _streaming(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options belong to a stream: set stream to true, or leave them out")
+        return self
+
+    @property
+    def erasing(self) -> Erasing:
+        """How removed parts of the history are erased."""
+        return Erasing() if self.kveraser is None else self.kveraser.erasing()
+
+
+class ChatRequest(GenerationRequest):
+    """A request for the next message of a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "smollm2-135m-instruct",
+                    "messages": [{"role": "user", "content": "Where is my parcel?"}],
+                    "max_tokens": 32,
+                    "temperature": 0,
+                    "kveraser": {"method": "repair(32)"},
+                }
+            ]
+        }
+    )
+
+    messages: Messages
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[Literal["auto", "none"] | None, Field(description="`none`: calls are not read.")] = None
+    parallel_tool_calls: bool | None = Field(None, description="false: only the first call of an answer is read.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=WHOLE)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: Annotated[dict[str, Any] | None, only({"type": "text"}, "answers are plain text")] = None
+    modalities: Annotated[list[Literal["text"]] | None, only(["text"], "answers are text")] = None
+    context_management: ContextManagement | None = None
+    metadata: Hint = None
+    store: Hint = None
+    service_tier: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_retention: Hint = None
+    safety_identifier: Hint = None
+    reasoning_effort: Hint = None
+    verbosity: Hint = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _choice(cls, choice: Any) -> Any:
+        if choice not in (None, "auto", "none"):
+            raise ValueError("the model can't be made to call a tool: give auto or none")
+        return choice
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        answered(self.messages)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs belong to logprobs: set logprobs to true, or leave them out")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        return self
+
+    def turn(self) -> Turn:
+        """The same for the service."""
+        edits = self.context_management.edits if self.context_management is not None else []
+        most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        return Turn(
+            messages=tuple(message.plain() for message in self.messages),
+            tools=tuple(tool.plain() for tool in self.tools or []),
+            sampling=self.sampling(1.0, most, (self.top_logprobs or 0) if self.logprobs else None),
+            erasing=self.erasing,
+            context_management=tuple(edit.edit() for edit in edits),
+        )
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=WHOLE)]], Field(min_length=1)]
+PromptText = Annotated[str, Field(min_length=1)]
+
+
+class CompletionRequest(GenerationRequest):
+    """A request for what follows a text, without a chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "smollm2-135m-instruct", "prompt": "The captain is", "max_tokens": 8, "temperature": 0}
+            ]
+        }
+    )
+
+    prompt: (
+        PromptText
+        | TokenIds
+        | Annotated[list[PromptText], Field(min_length=1, max_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
+    ) = Field(description="A text or token ids; one prompt a request.")
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Annotated[Literal[False] | None, only(False, "prompts are not echoed")] = None
+    best_of: Annotated[Literal[1] | None, only(1, "one answer a request")] = None
+    suffix: Annotated[None, only(None, "text can't be inserted in front of a suffix")] = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt(cls, prompt: Any) -> Any:
+        # One clear sentence instead of a complaint for each of the four forms.
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(texts, list) or not texts or "" in texts or [] in texts:
+            raise ValueError("the prompt is empty, or neither text nor token ids: give one of them")
+        if not isinstance(texts[0], int) and len(texts) > 1:
+            raise ValueError(f"there are {len(texts)} prompts: give one prompt a request")
+        return prompt
+
+    def turn(self) -> Turn:
+        """The same for the service."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        return Turn(
+            prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+            sampling=self.sampling(1.0, self.max_tokens or COMPLETION_TOKENS, self.logprobs),
+            erasing=self.erasing,
+        )

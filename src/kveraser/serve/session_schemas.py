@@ -1,0 +1,265 @@
+"""Bodies of the sessions' routes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from kveraser.probes import Probe
+from kveraser.receipt import ProbeKind
+from kveraser.serve.engine import Sampling
+from kveraser.serve.exchange import Caches
+from kveraser.serve.fields import (
+    WHOLE,
+    Happening,
+    MethodName,
+    Reply,
+    Request,
+    SamplingFields,
+    Selector,
+    Usage,
+    budget_fits,
+)
+from kveraser.serve.messages import Messages, Tool, answered
+
+LONGEST_LIFE = 366 * 24 * 3600.0
+"""Most seconds that a session is kept unused."""
+
+Words = Annotated[str, Field(min_length=1, pattern=r"\S")]
+
+CONVERSATION = [
+    {"role": "user", "content": "Where is my parcel?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"what": "parcel"}'}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "It is in Rome, shelf 44."},
+    {"role": "assistant", "content": "It waits in Rome."},
+]
+
+
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
+# Requests
+
+
+class Contents(Request):
+    """What a session is made of, or what is added to it: messages or a text."""
+
+    messages: Messages | None = None
+    text: Words | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.messages is None) == (self.text is None):
+            raise ValueError("a session is made of messages or of a text: give one of them")
+        return self
+
+    def plain_messages(self) -> list[dict[str, Any]] | None:
+        """The messages as chat templates take them."""
+        return None if self.messages is None else [message.plain() for message in self.messages]
+
+
+class NewSession(Contents):
+    """A session to make."""
+
+    model_config = _examples({"messages": CONVERSATION}, {"text": "The ship left at noon. The captain is Ada."})
+
+    tools: list[Tool] | None = None
+    ttl: float | None = Field(None, gt=0, le=LONGEST_LIFE, description="Seconds unused after which it is deleted.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.messages is not None:
+            answered(self.messages)
+        elif self.tools:
+            raise ValueError("tools belong to messages: give messages, or leave the tools out")
+        return self
+
+
+class NewMessages(Contents):
+    """What is added to a session."""
+
+    model_config = _examples({"messages": [{"role": "user", "content": "And when does it arrive?"}]})
+
+
+class EraseRequest(Request):
+    """What to erase, and how."""
+
+    model_config = _examples(
+        {"spans": ["shelf 44"], "method": "repair(32)"},
+        {"spans": [{"tool_call_id": "call_1"}], "method": "auto", "max_kl": 0.02},
+        {"spans": [{"message": 2}, {"pattern": "Rom[ae]"}], "undoable": False},
+    )
+
+    spans: Annotated[list[Selector], Field(min_length=1, max_length=256)]
+    method: MethodName | None = Field(None, description="null: the server's own.")
+    max_kl: float | None = Field(None, ge=0, description="The cheapest method within this budget, nats per token.")
+    undoable: bool = Field(True, description="false: what goes is overwritten, in snapshots too.")
+
+    @model_validator(mode="after")
+    def _budget(self) -> Self:
+        budget_fits(self.method, self.max_kl)
+        return self
+
+
+class UndoRequest(Request):
+    """How many operations to take back."""
+
+    model_config = _examples({"steps": 1})
+
+    steps: int = Field(1, ge=1, le=WHOLE)
+
+
+class ProbeFields(Request):
+    """A question of an audit, with what it is for."""
+
+    question: Words
+    kind: ProbeKind = "influence"
+    answer: str | None = Field(None, min_length=1, description="The answer to force; null: the exact cache's own.")
+
+
+class AuditRequest(Request):
+    """What to measure the erases with; by default with questions built from the spans and their surroundings."""
+
+    model_config = _examples({"probes": ["Where is my parcel?"], "secrets": ["Rome", "44"]}, {})
+
+    probes: Annotated[list[Words | ProbeFields], Field(min_length=1, max_length=64)] | None = None
+    secrets: Annotated[list[Words], Field(max_length=64)] | None = None
+
+    def made(self) -> list[str | Probe] | None:
+        """The probes for the library.
+
+        Raises:
+            KVEraserError: it finds one wrong.
+        """
+        if self.probes is None:
+            return None
+        return [probe if isinstance(probe, str) else Probe(**probe.model_dump()) for probe in self.probes]
+
+
+class AskRequest(SamplingFields):
+    """A question to a session. Greedy unless a temperature is given."""
+
+    model_config = _examples({"question": "Where is the parcel?", "max_tokens": 32, "caches": "edited"})
+
+    question: Words
+    keep: bool = Field(False, description="Question and answer become part of the session.")
+    caches: Caches = Field("edited", description="The session's own cache, one without erases, or an exact one.")
+    logprobs: int | None = Field(None, ge=0, le=20, description="How many likely tokens to report at each place.")
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _keeps(self) -> Self:
+        if self.keep and self.caches != "edited":
+            raise ValueError(f"keep is for the session's own cache, not for {self.caches}: leave one of them out")
+        return self
+
+    def settings(self) -> Sampling:
+        """How the answer is decoded."""
+        return self.sampling(0.0, self.max_tokens, self.logprobs)
+
+
+# Replies
+
+
+class SessionMessage(Reply):
+    """A message of a session."""
+
+    index: int
+    role: str
+    characters: int
+    text: str | None
+    live: bool = Field(description="Whether any of it has not been erased.")
+
+
+class SessionReply(Reply):
+    """A session. Times in seconds since 1970; in a list, `messages` and `receipts` are empty."""
+
+    id: str
+    object: Literal["session"] = "session"
+    created: float
+    expires: float
+    messages: list[SessionMessage]
+    text: str | None
+    tokens: int
+    live_tokens: int
+    exact: bool
+    undo_steps: int
+    receipts: list[dict[str, Any]]
+    bytes: int
+    revision: int
+
+
+class SessionsReply(Reply):
+    """The key's sessions, oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[SessionReply]
+
+
+class DeletedReply(Reply):
+    """A session that is no more."""
+
+    id: str
+    object: Literal["session.deleted"] = "session.deleted"
+    deleted: Literal[True] = True
+
+
+class ReceiptReply(Reply):
+    """What an erase did; the attributes of `kveraser.Receipt`."""
+
+    object: Literal["receipt"] = "receipt"
+    receipt: dict[str, Any]
+
+
+class AuditReply(Reply):
+    """What the erases achieved; the attributes of `kveraser.Audit`."""
+
+    object: Literal["audit"] = "audit"
+    audit: dict[str, Any]
+
+
+class SessionToken(Reply):
+    """A token of a session."""
+
+    text: str
+    live: bool
+    message: int | None
+
+
+class TokensReply(Reply):
+    """Every token of a session, erased ones included."""
+
+    object: Literal["list"] = "list"
+    data: list[SessionToken]
+
+
+class LikelyToken(Reply):
+    """A token with its log-probability, in nats."""
+
+    token: str
+    logprob: float
+
+
+class AnswerToken(LikelyToken):
+    """A token of an answer, and the likeliest ones at its place."""
+
+    top: list[LikelyToken]
+
+
+class AnswerReply(Reply):
+    """An answer of a session."""
+
+    object: Literal["answer"] = "answer"
+    text: str
+    tokens: list[AnswerToken] | None = Field(description="With logprobs; else null.")
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    kveraser: Happening
