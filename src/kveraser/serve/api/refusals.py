@@ -24,6 +24,8 @@ from kveraser.serve.errors import (
 SHOWN_VALUE = 80
 """Most characters of a wrong value in a message."""
 
+SHOWN_FIELDS = 8
+
 UNION_TAGS = frozenset({"str", "int", "float", "bool", "dict", "none", "input_tokens", "tool_uses"})
 """How pydantic names the alternatives of a field; a client knows its fields only."""
 
@@ -64,11 +66,16 @@ def of_validation(error: RequestValidationError) -> InvalidRequest:
     found: Sequence[Mapping[str, Any]] = error.errors()
     # Of a field's alternatives the one that was meant is the one that fails furthest inside.
     first = max(found, key=lambda one: len(one["loc"]) if one["loc"][:2] == found[0]["loc"][:2] else 0)
-    param = ".".join(str(part) for part in first["loc"][1:] if not _is_tag(part))
-    message = _told(first)
-    fields = {".".join(str(part) for part in one["loc"][1:] if not _is_tag(part)) for one in found} - {param}
-    more = f"; and {len(fields)} more fields are wrong" if fields else ""
-    return InvalidRequest(f"{param}: {message}{more}" if param else f"{message}{more}", param=param or None)
+    param, message = _field(first), _told(first)
+    others = {field for field in map(_field, found) if not (param.startswith(field) or field.startswith(param))}
+    more = f"; wrong as well: {', '.join(sorted(others)[:SHOWN_FIELDS])}" if others else ""
+    return InvalidRequest(f"{param or 'the body'}: {message}{more}", param=param or None)
+
+
+def _field(one: Mapping[str, Any]) -> str:
+    """A field's path as clients know it."""
+    path = [str(part)[:SHOWN_VALUE] for part in one["loc"][1:] if not _is_tag(part)]
+    return ".".join(path)
 
 
 def _is_tag(part: Any) -> bool:
