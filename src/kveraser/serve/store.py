@@ -1,0 +1,393 @@
+"""Where contexts are kept: in memory within a budget, on disk when it is used up, and across restarts.
+
+Sessions are a promise: the ledger holds the revision that their owner was told of, snapshots are written behind in idle
+time, and a session comes back at that revision or is reported gone. Cached conversations are none: they may go to disk
+as well, but end with the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from kveraser.errors import KVEraserError
+from kveraser.serve.engine import Engine, Held
+from kveraser.serve.entries import Entry, Kind, Limits, Measured, Undoable, measure
+from kveraser.serve.errors import OutOfSpace, Overloaded, ServeError, SessionGone, UnknownSession
+from kveraser.serve.ledger import Acknowledged, Ledger
+from kveraser.serve.scheduler import Scheduler
+
+SUFFIX = ".session"
+SHRED_CHUNK = 1 << 20
+
+TOMBSTONE_SECONDS = 7 * 24 * 3600.0
+"""How long after its expiry a session that is gone is told from one that never was."""
+
+
+class Store:
+    """All contexts of a server. Used from one asyncio loop, after `open`.
+
+    Args:
+        folder: for the ledger and snapshots; None: nothing survives, and what has no room in memory goes.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        limits: Limits,
+        folder: Path | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.engine, self.scheduler, self.limits, self.clock = engine, scheduler, limits, clock
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        self.gone: dict[str, Acknowledged] = {}
+        self.bytes_per_token = 0.0
+        self._behind: asyncio.Task[None] | None = None
+        self.ledger: Ledger | None = None
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise ServeError(f"the session folder {folder} can't be made ({error}): choose another") from error
+            self.ledger = Ledger(folder / "ledger.jsonl")
+            self._bring_back(folder)
+
+    def _bring_back(self, folder: Path) -> None:
+        """Sessions whose snapshot is there at the acknowledged revision; other files are overwritten and go."""
+        assert self.ledger is not None
+        present = {path.name: path for path in folder.iterdir() if path.name.endswith((SUFFIX, ".part"))}
+        for record in list(self.ledger.records.values()):
+            path = present.get(f"{record.id}.{record.revision}{SUFFIX}") if record.state == "held" else None
+            if path is None or record.expires <= self.clock():
+                self._bury(record)
+                continue
+            del present[path.name]
+            self.entries[record.id] = Entry(
+                record.id, record.owner, "session", record.created, record.expires - record.ttl, record.ttl,
+                revision=record.revision, turn_open=record.turn_open, saved=record.revision,
+                snapshot_bytes=path.stat().st_size,
+                measured=Measured(
+                    tokens=record.tokens, live_tokens=record.live_tokens, exact=record.exact, digest=record.digest
+                ),
+            )  # fmt: skip
+        for path in present.values():
+            shred(path)
+
+    def _bury(self, record: Acknowledged) -> None:
+        """A session that was there and can't come back: its owner is told so for a while."""
+        assert self.ledger is not None
+        late = record.expires + TOMBSTONE_SECONDS <= self.clock()
+        if late or record.state != "gone":
+            with suppress(OutOfSpace):
+                self.ledger.append(replace(record, state="deleted" if late else "gone"))
+        if not late:
+            self.gone[record.id] = record
+
+    # Finding
+
+    def of(self, owner: str, kind: Kind) -> list[Entry]:
+        """The owner's contexts of a kind, oldest first."""
+        found = [entry for entry in self.entries.values() if entry.owner == owner and entry.kind == kind]
+        return sorted(found, key=lambda entry: entry.created)
+
+    def session(self, owner: str, id: str) -> Entry:
+        """Raises UnknownSession, SessionGone."""
+        entry = self.entries.get(id)
+        if entry is not None and entry.owner == owner and entry.kind == "session":
+            if entry.expires > self.clock():
+                return entry
+            raise SessionGone(f"session {id} has expired: create a new one")
+        record = self.gone.get(id)
+        if record is not None and record.owner == owner:
+            raise SessionGone(f"session {id} can't be brought back as it last was: create it anew")
+        raise UnknownSession(f"no session {id!r}: list yours with GET /v1/sessions, or create one")
+
+    # Entering and changing
+
+    def enter(self, owner: str, kind: Kind, ttl: float) -> Entry:
+        """A new entry without a context."""
+        now = self.clock()
+        entry = Entry(f"{kind[:4]}_{secrets.token_hex(12)}", owner, kind, now, now, ttl)
+        self.entries[entry.id] = entry
+        return entry
+
+    async def settle(self, entry: Entry, changed: bool = True) -> None:
+        """Account for what was done to a context, and record a session's new revision before its owner is told.
+
+        Where the disk is full the session goes on in memory, and is gone after a restart. Its lock is held.
+
+        Raises:
+            OutOfSpace: a new session can't be recorded.
+        """
+        held = entry.held
+        assert held is not None
+        entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
+        entry.used, entry.reserved = self.clock(), 0
+        if entry.measured.live_tokens:
+            self.bytes_per_token = max(self.bytes_per_token, entry.measured.bytes / entry.measured.live_tokens)
+        if not changed:
+            return
+        entry.revision += 1
+        old = self._snapshot(entry, entry.saved) if entry.saved is not None else None
+        entry.saved, entry.snapshot_bytes = None, 0
+        if entry.kind == "session":
+            entry.changed_at = entry.changed_at or self.clock()
+            try:
+                await self._record(entry)
+            except OutOfSpace:
+                if entry.revision == 1:
+                    raise
+            finally:
+                # Whatever it holds was erased since or will be; and at no other revision may it come back.
+                if old is not None:
+                    await asyncio.to_thread(shred, old)
+            self.write_behind()
+        elif old is not None:
+            await asyncio.to_thread(shred, old)
+
+    async def _record(self, entry: Entry, state: Literal["held", "gone", "deleted"] = "held") -> None:
+        if self.ledger is not None:
+            await asyncio.to_thread(self.ledger.append, self._acknowledged(entry, state))
+
+    def _acknowledged(self, entry: Entry, state: Literal["held", "gone", "deleted"]) -> Acknowledged:
+        measured = entry.measured
+        return Acknowledged(
+            entry.id, entry.owner, state, entry.revision, measured.digest, entry.created, entry.expires, entry.ttl,
+            entry.turn_open, measured.tokens, measured.live_tokens, measured.exact,
+        )  # fmt: skip
+
+    # Room
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of keys and values in memory, and of what running requests may still take."""
+        return sum(entry.bytes + entry.reserved + entry.copy_bytes for entry in self.entries.values())
+
+    @property
+    def bytes_spilled(self) -> int:
+        """Bytes of snapshots on disk."""
+        return sum(entry.snapshot_bytes for entry in self.entries.values())
+
+    async def reserve(self, entry: Entry, tokens: int, more: int = 0) -> None:
+        """Make room for `tokens` more tokens of a context and `more` bytes, by putting away what was used longest ago.
+
+        Raises:
+            OutOfSpace: it can't fit, whatever goes. Overloaded: it can when others are done.
+        """
+        entry.reserved = int(tokens * self.bytes_per_token) + more
+        try:
+            needed = entry.bytes + entry.reserved
+            if needed > self.limits.memory_bytes:
+                raise OutOfSpace(
+                    f"the context needs about {needed} bytes, the server has {self.limits.memory_bytes}: shorten it"
+                )
+            stuck: set[str] = set()
+            while self.bytes_held > self.limits.memory_bytes:
+                idle = [
+                    other for other in self.entries.values()
+                    if other is not entry and other.held is not None and other.id not in stuck
+                    and not other.lock.locked()
+                ]  # fmt: skip
+                if not idle:
+                    if stuck:
+                        raise OutOfSpace("no context can be put on disk, and memory is full: free disk space")
+                    raise Overloaded(
+                        "all memory for contexts is in use: try again shortly", retry_after=self.limits.busy_seconds
+                    )
+                oldest = min(idle, key=lambda other: other.used)
+                async with oldest.lock:
+                    if oldest.held is not None and not await self.put_away(oldest):
+                        stuck.add(oldest.id)
+        except BaseException:
+            entry.reserved = 0
+            raise
+
+    async def put_away(self, entry: Entry) -> bool:
+        """Move a context to disk, or where that can't be let a conversation go; whether its memory is free.
+
+        What undo would need goes: the session can't be undone any more. Its lock is held.
+        """
+        held = entry.held
+        assert held is not None
+        if not await self.save(entry):
+            if entry.kind == "session":
+                return False
+            await self.remove(entry)
+            return True
+        entry.held, entry.undoable = None, []
+        await self.scheduler.run(lambda: self.engine.drop(held, wipe=False), always=True)
+        await self._keep_disk_budget()
+        return True
+
+    async def awake(self, entry: Entry) -> Held:
+        """The context in memory. Its lock is held.
+
+        Raises:
+            SessionGone: its snapshot can't be read, or is not what was acknowledged.
+        """
+        if entry.held is not None:
+            return entry.held
+        path = self._snapshot(entry, entry.saved)
+        await self.reserve(entry, 0, entry.snapshot_bytes)
+        try:
+            held = await self.scheduler.run(lambda: self.engine.load(path), always=True)
+            measured = await self.scheduler.run(lambda: measure(held), always=True)
+            if measured.digest != entry.measured.digest:
+                raise SessionGone(f"the snapshot of {entry.id} holds something else")
+        except KVEraserError as error:
+            entry.reserved = 0
+            await self.remove(entry, gone=True)
+            raise SessionGone(f"session {entry.id} can't be brought back as it last was: create it anew") from error
+        entry.held, entry.measured, entry.reserved = held, measured, 0
+        return held
+
+    async def save(self, entry: Entry) -> bool:
+        """Write the snapshot of a context as it is now, if it is not there; whether it is. Its lock is held."""
+        held = entry.held
+        if held is None or entry.saved == entry.revision:
+            return True
+        if self.folder is None:
+            return False
+        path = self._snapshot(entry, entry.revision)
+        try:
+            await self.scheduler.run(lambda: self.engine.save(held, path), always=True)
+            size = path.stat().st_size
+        except (KVEraserError, OSError):
+            await asyncio.to_thread(shred, path)
+            return False
+        if entry.saved is not None:
+            await asyncio.to_thread(shred, self._snapshot(entry, entry.saved))
+        entry.saved, entry.snapshot_bytes, entry.changed_at = entry.revision, size, None
+        return True
+
+    async def remove(self, entry: Entry, *, wipe: bool = False, gone: bool = False) -> None:
+        """Let a context go, in memory and on disk. Its lock is held, or nobody can find it.
+
+        Args:
+            wipe: overwrite its states first.
+            gone: a session's owner is told that it was there.
+        """
+        self.entries.pop(entry.id, None)
+        held, entry.held = entry.held, None
+        entry.reserved = entry.copy_bytes = 0
+        if entry.kind == "session" and entry.revision:
+            with suppress(OutOfSpace):
+                await self._record(entry, "gone" if gone else "deleted")
+            if gone:
+                self.gone[entry.id] = self._acknowledged(entry, "gone")
+        if entry.saved is not None:
+            await asyncio.to_thread(shred, self._snapshot(entry, entry.saved))
+        if held is not None:
+            await self.scheduler.run(lambda: self.engine.drop(held, wipe), always=True)
+
+    def _snapshot(self, entry: Entry, revision: int | None) -> Path:
+        assert self.folder is not None and revision is not None
+        return self.folder / f"{entry.id}.{revision}{SUFFIX}"
+
+    async def _keep_disk_budget(self) -> None:
+        """Let conversations on disk go, those used longest ago first, while snapshots take too much."""
+        while self.bytes_spilled > self.limits.disk_bytes:
+            spilled = [
+                entry for entry in self.entries.values()
+                if entry.kind == "conversation" and entry.held is None and entry.saved and not entry.lock.locked()
+            ]  # fmt: skip
+            if not spilled:
+                return
+            await self.remove(min(spilled, key=lambda entry: entry.used))
+
+    # In idle time
+
+    def write_behind(self) -> None:
+        """Write snapshots of changed sessions when the engine has nothing else to do."""
+        if self.folder is not None and (self._behind is None or self._behind.done()):
+            self._behind = asyncio.get_running_loop().create_task(self._write_behind())
+
+    async def _write_behind(self) -> None:
+        loop = asyncio.get_running_loop()
+        tried: set[str] = set()
+        while unsaved := [entry for entry in self._unsaved() if entry.id not in tried]:
+            idle = asyncio.Event()
+
+            def signal(event: asyncio.Event = idle) -> bool:
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(event.set)
+                return False
+
+            self.scheduler.when_idle(signal)
+            late = min(entry.changed_at or 0.0 for entry in unsaved) + self.limits.snapshot_seconds - self.clock()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(idle.wait(), max(0.0, late))
+            entry = min(unsaved, key=lambda entry: entry.changed_at or 0.0)
+            async with entry.lock:
+                if entry.id in self.entries and not await self.save(entry):
+                    # The disk is full: the next change tries again.
+                    tried.add(entry.id)
+
+    def _unsaved(self) -> list[Entry]:
+        return [
+            entry for entry in self.entries.values()
+            if entry.kind == "session" and entry.held is not None and entry.changed_at is not None
+        ]  # fmt: skip
+
+    async def sweep(self) -> None:
+        """Let go what has expired, and what undo keeps beyond its time."""
+        now = self.clock()
+        for entry in list(self.entries.values()):
+            if entry.lock.locked():
+                continue
+            async with entry.lock:
+                if entry.expires <= now:
+                    await self.remove(entry, wipe=True, gone=True)
+                elif entry.undoable and entry.undoable[0].at + self.limits.undo_seconds <= now:
+                    kept = [done for done in entry.undoable if done.at + self.limits.undo_seconds > now]
+                    await self.keep_undoable(entry, kept)
+
+    async def keep_undoable(self, entry: Entry, kept: list[Undoable]) -> None:
+        """Keep only the last operations undoable; what the others held is overwritten. Its lock is held."""
+        held, steps = entry.held, sum(done.steps for done in kept)
+        entry.undoable = kept
+        if held is not None:
+            await self.scheduler.run(lambda: self.engine.forget_undo(held, steps), always=True)
+            entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
+
+    async def close(self) -> None:
+        """Write what is not on disk yet."""
+        if self._behind is not None:
+            self._behind.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._behind
+        for entry in list(self.entries.values()):
+            async with entry.lock:
+                if entry.kind == "session":
+                    await self.save(entry)
+                else:
+                    await self.remove(entry)
+        if self.ledger is not None:
+            self.ledger.close()
+
+
+def shred(path: Path) -> None:
+    """Overwrite a file and delete it.
+
+    Journaling file systems and flash may keep what was there: encrypt such disks.
+    """
+    with suppress(OSError), open(path, "r+b", buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size
+        while left > 0:
+            left -= file.write(bytes(min(left, SHRED_CHUNK)))
+        os.fsync(file.fileno())
+    with suppress(OSError):
+        path.unlink()
+
+
+__all__ = ["Store", "shred"]
