@@ -18,6 +18,10 @@ ANSWER_TOKENS = 16
 """Most tokens of a greedy answer that is judged: the accepted answers are short."""
 LEAK_TOKENS = 18
 """Tokens that an answer which may give a secret away can take beside those of the secret."""
+ATTACK_TOKENS = 96
+"""Room for an adversary's words."""
+CONFESSION_TOKENS = 40
+"""Most tokens of the answer to them."""
 ROW_SLOTS = 40_960
 """Most slots that are reserved for caches that are asked together: two gigabytes for the bundled backbone."""
 
@@ -47,13 +51,19 @@ def limit(asked: Asked) -> int:
     return len(asked.answer) + LEAK_TOKENS if asked.query.kind == "leak" else ANSWER_TOKENS
 
 
-def appended(asked: Sequence[Asked], attacks: Sequence[int]) -> int:
-    """Slots that questions and their answers take behind a cache.
+def appended(groups: Sequence[tuple[Sequence[Asked], int]]) -> int:
+    """Slots that questions and their answers take behind a cache at most, where caches are asked together.
 
     Args:
-        attacks: most tokens that each adversary's prompt and its answer take.
+        groups: the questions of a cache, and how many adversaries ask it.
     """
-    return sum(len(one.prompt) + len(one.answer) + limit(one) for one in asked) + sum(attacks)
+    asked = max(
+        sum(len(one.prompt) + len(one.answer) for one in asked) + attacks * ATTACK_TOKENS for asked, attacks in groups
+    )
+    lanes = max(sum(one.judged for one in asked) + attacks for asked, attacks in groups)
+    longest = max([limit(one) for asked, _ in groups for one in asked] + [CONFESSION_TOKENS])
+    # All answers grow by as many slots in a step as the cache that is asked most.
+    return asked + lanes * longest
 
 
 class Pool:
@@ -94,10 +104,10 @@ class Pool:
             asked = group[0].asked
             limits = [limit(one) if one.judged else None for one in asked]
             scores |= zip(chosen, rows.score(chosen, [(one.prompt, one.answer) for one in asked], limits), strict=True)
-            for number, first in enumerate(group[0].attacks):
+            for number in range(len(group[0].attacks)):
                 # Equal caches are attacked with equal words.
                 prompts = {entry.row: entry.attacks[number].prompt for entry in group}
-                rows.ask(chosen, [prompts[row] for row in chosen], len(first.target) + LEAK_TOKENS)
+                rows.ask(chosen, [prompts[row] for row in chosen], CONFESSION_TOKENS)
         answers = rows.decode()
         for entry in entries:
             spoken = iter(tuple(answer) for answer in answers[entry.row])

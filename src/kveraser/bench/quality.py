@@ -18,7 +18,7 @@ from kveraser.audit import kl_divergence
 from kveraser.backbone import Backbone
 from kveraser.bench.attack import Attacked, attack
 from kveraser.bench.case import Asked, TokenizedCase, TokenizedContext, context_id
-from kveraser.bench.pool import Pool, Reply, appended, limit
+from kveraser.bench.pool import ATTACK_TOKENS, CONFESSION_TOKENS, Pool, Reply, appended, limit
 from kveraser.bench.results import Answered, CaseResult, Measured, Question
 from kveraser.bench.suites.false_answers import holds
 from kveraser.bench.together import Memory
@@ -34,8 +34,6 @@ NOTICE_TOKENS = 256
 """Room that every case leaves for words a method appends, whichever methods a run has: a cell stays the same."""
 USUAL_NOTICE = 64
 """What these words take as a rule: more memory is reserved when they take more."""
-ATTACK_TOKENS = 128
-"""Room for an adversary's words and the answer to them."""
 EXCERPT = 300
 """Characters before and after a span that a result quotes."""
 
@@ -43,7 +41,9 @@ EXCERPT = 300
 def room(context: TokenizedContext, case: TokenizedCase) -> int:
     """Positions that measuring a case takes: its context, a method's notice, the longest question and its answer."""
     asked = max(len(one.prompt) + max(len(one.answer), limit(one)) for one in case.asked)
-    return len(context.tokens) + NOTICE_TOKENS + max(asked, ATTACK_TOKENS if case.case.attack else 0)
+    return (
+        len(context.tokens) + NOTICE_TOKENS + max(asked, ATTACK_TOKENS + CONFESSION_TOKENS if case.case.attack else 0)
+    )
 
 
 def measure_context(
@@ -80,21 +80,23 @@ def measure_contexts(
     slots = max(len(context.tokens) for context, _ in contexts) + USUAL_NOTICE
     memory = memory or Memory()
     # Before any erase a cache answers the questions of all its cases.
-    unerased = Pool(backbone, len(contexts), slots, max(_appended(cases) for _, cases in contexts), memory)
+    together = [([asked for case in cases for asked in case.asked], _attacks(cases)) for _, cases in contexts]
+    unerased = Pool(backbone, len(contexts), slots, appended(together), memory)
     measured: list[_Measuring] = []
-    for context, cases in contexts:
+    for (context, cases), (asked, _) in zip(contexts, together, strict=True):
         cache = backbone.prefill(context.tokens)
         of_context = [_Measuring(backbone, cache, context, case) for case in cases]
         found = [one.found() for one in of_context]
         unerased.put(
             cache,
-            [asked for case in cases for asked in case.asked],
+            asked,
             [attacked for of_case in found for attacked in of_case],
             partial(_share_out, of_context, found),
         )
         measured += of_context
     unerased.ask()
-    edited = Pool(backbone, len(every) * len(chosen), slots, max(_appended([case]) for _, case in every), memory)
+    alone = [(case.asked, _attacks([case])) for _, case in every]
+    edited = Pool(backbone, len(every) * len(chosen), slots, appended(alone), memory)
     for one in measured:
         one.edit(chosen, edited)
         if one.case in checked:
@@ -103,9 +105,8 @@ def measure_contexts(
     return [one.result() for one in measured]
 
 
-def _appended(cases: Sequence[TokenizedCase]) -> int:
-    attacks = [ATTACK_TOKENS for case in cases if case.case.attack is not None]
-    return appended([asked for case in cases for asked in case.asked], attacks)
+def _attacks(cases: Sequence[TokenizedCase]) -> int:
+    return sum(case.case.attack is not None for case in cases)
 
 
 def _share_out(
