@@ -25,6 +25,12 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """What tests marked `anyio` run on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def backbones() -> dict[str, Backbone]:
     """One backbone a family, built when first asked for, without erasers."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 import openai
+import uvicorn
 from fastapi import FastAPI
 
 from kveraser.errors import SpanError
@@ -132,9 +134,7 @@ class FakeService(Service):
             MessageView(index, one["role"], len(one["content"] or ""), one["content"], True)
             for index, one in enumerate(messages or ())
         )
-        made = SessionView(
-            f"session_{len(self.sessions)}", 1.0, 2.0, shown, text, 20, 20, True, 0, (), 2048, 1
-        )
+        made = SessionView(f"session_{len(self.sessions)}", 1.0, 2.0, shown, text, 20, 20, True, 0, (), 2048, 1)
         self.sessions[key, made.id] = made
         return made
 
@@ -239,9 +239,6 @@ class FakeService(Service):
         self.closed = True
 
 
-Method = Literal["GET", "POST", "DELETE"]
-
-
 def transport(app: FastAPI) -> httpx2.ASGITransport:
     """The application in process; an exception that reaches its edge is an exception of the test."""
     return httpx2.ASGITransport(app=app)
@@ -269,3 +266,19 @@ async def client_of(
         ) as client,
     ):
         yield client
+
+
+@asynccontextmanager
+async def listening(service: Service, settings: Settings | None = None) -> AsyncIterator[tuple[str, int]]:
+    """A real server around `service` on a free port of this machine: its host and port."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        config = uvicorn.Config(create_app(service, settings), log_config=None, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        try:
+            while not server.started:
+                await asyncio.sleep(0)
+            yield bound.getsockname()
+        finally:
+            server.should_exit = True
+            await serving

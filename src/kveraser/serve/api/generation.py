@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -157,7 +158,7 @@ async def _events(chunks: AsyncGenerator[BaseModel | dict[str, Any]]) -> AsyncIt
         yield _event(as_serve_error(error).to_json())
         return
     except Exception as error:
-        log("failed while streaming", **error_fields(error))
+        log("failed while streaming", logging.ERROR, **error_fields(error))
         yield _event(internal_error().to_json())
         return
     yield b"data: [DONE]\n\n"

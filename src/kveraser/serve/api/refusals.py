@@ -26,8 +26,6 @@ SHOWN_VALUE = 80
 
 SHOWN_FIELDS = 8
 
-UNION_TAGS = frozenset({"str", "int", "float", "bool", "dict", "none", "input_tokens", "tool_uses"})
-"""How pydantic names the alternatives of a field; a client knows its fields only."""
 
 
 def error_response(error: KVEraserError, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -64,22 +62,31 @@ def of_http(error: HTTPException, method: str, path: str) -> ServeError:
 def of_validation(error: RequestValidationError) -> InvalidRequest:
     """What is wrong with a body or a path: the most telling of pydantic's complaints, and how many more there are."""
     found: Sequence[Mapping[str, Any]] = error.errors()
-    # Of a field's alternatives the one that was meant is the one that fails furthest inside.
-    first = max(found, key=lambda one: len(one["loc"]) if one["loc"][:2] == found[0]["loc"][:2] else 0)
-    param, message = _field(first), _told(first)
-    others = {field for field in map(_field, found) if not (param.startswith(field) or field.startswith(param))}
+    # Of a field's alternatives the one that was meant fails furthest inside, and not by its type.
+    same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+    first = max(same, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    param, message = _field(first, error.body), _told(first)
+    fields = [_field(one, error.body) for one in found]
+    others = {field for field in fields if not (param.startswith(field) or field.startswith(param))}
     more = f"; wrong as well: {', '.join(sorted(others)[:SHOWN_FIELDS])}" if others else ""
     return InvalidRequest(f"{param or 'the body'}: {message}{more}", param=param or None)
 
 
-def _field(one: Mapping[str, Any]) -> str:
-    """A field's path as clients know it."""
-    path = [str(part)[:SHOWN_VALUE] for part in one["loc"][1:] if not _is_tag(part)]
-    return ".".join(path)
-
-
-def _is_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part in UNION_TAGS or "[" in part or part.startswith("constrained-"))
+def _field(one: Mapping[str, Any], body: Any) -> str:
+    """A field's path as clients know it: pydantic also names the alternative of a field's type that it tried."""
+    where, *path = one["loc"]
+    if where != "body":
+        return ".".join(map(str, path))
+    known = []
+    for part in path:
+        if isinstance(part, str) and isinstance(body, dict) and part in body:
+            body = body[part]
+        elif isinstance(part, int) and isinstance(body, list) and part < len(body):
+            body = body[part]
+        elif not (one["type"] == "missing" and part == path[-1]):
+            continue
+        known.append(str(part)[:SHOWN_VALUE])
+    return ".".join(known)
 
 
 def _told(one: Mapping[str, Any]) -> str:
