@@ -10,7 +10,7 @@ import pytest
 
 from kveraser.backbone import Backbone
 from kveraser.bench.case import BenchCase, Cell, TokenizedCase, TokenizedContext, tokenize_case, tokenize_context
-from kveraser.bench.quality import ANSWER_TOKENS
+from kveraser.bench.pool import ANSWER_TOKENS
 from kveraser.bench.results import Answered, CaseResult, Measured
 from kveraser.cache import EditableCache
 from kveraser.decode import greedy

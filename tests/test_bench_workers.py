@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from kveraser.backbone import Backbone
+from kveraser.bench import run as module
 from kveraser.bench import sharing, workers
 from kveraser.bench.case import Attack, BenchCase
 from kveraser.bench.plan import QualitySettings
@@ -46,11 +47,12 @@ def test_several_processes_give_what_one_gives_in_the_same_order(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = chosen(backbone, "mask", "erratum", "repair(4)")
+    monkeypatch.setattr(module, "CASES_TOGETHER", 1)
     alone = run(backbone, methods, SETTINGS, CASES)
     assert [result.id for result in alone.results] == ["a", "b", "c", "e", "d"]
     # As many threads in each as here.
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(workers, "measure_context", None)
+    monkeypatch.setattr(workers, "measure_contexts", None)
     told: list[float] = []
     load = partial(tiny_backbone)
     several = run(
@@ -66,7 +68,7 @@ def test_several_processes_give_what_one_gives_in_the_same_order(
 def test_processes_need_a_number_and_a_way_to_load_the_backbone(backbone: Backbone, count: int) -> None:
     context, cases = cut(backbone, CASES[0])
     with pytest.raises(InputError, match=f"workers is {count}"):
-        list(measure_all(backbone, [], [Work(context, tuple(cases))], count))
+        list(measure_all(backbone, [], [Work(((context, tuple(cases)),))], count))
 
 
 def load_and_die() -> Backbone:
@@ -77,7 +79,7 @@ def load_and_die() -> Backbone:
 def test_a_process_that_dies_is_said_so(backbone: Backbone) -> None:
     context, cases = cut(backbone, CASES[0])
     with pytest.raises(InputError, match=r"one of 2 processes ended before its time.*fewer workers"):
-        list(measure_all(backbone, [], [Work(context, tuple(cases))], 2, load_and_die))
+        list(measure_all(backbone, [], [Work(((context, tuple(cases)),))], 2, load_and_die))
 
 
 def test_a_process_ends_with_the_run_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +118,12 @@ def test_sharing_counts_the_prefills_of_contexts(backbone: Backbone, monkeypatch
 def test_sharing_times_each_way_context_by_context(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, measured = [100.0], list[tuple[list[str], list[str]]]()
 
-    def measure(_: Backbone, context: object, cases: Sequence[object], methods: Sequence[Method], check: bool) -> None:
-        assert not check
+    def measure(_: Backbone, contexts: Sequence[tuple[object, Sequence[object]]], methods: Sequence[Method]) -> None:
+        ((_, cases),) = contexts
         measured.append(([case.case.id for case in cases], [str(method) for method in methods]))  # type: ignore[attr-defined]
         clock[0] += 10 + len(cases) * len(methods)
 
-    monkeypatch.setattr(sharing, "measure_context", measure)
+    monkeypatch.setattr(sharing, "measure_contexts", measure)
     monkeypatch.setattr(sharing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     steps: list[tuple[str, float]] = []
     rows, ratio = sharing.run(backbone, chosen(backbone, "mask", "shift"), sample(), lambda *step: steps.append(step))

@@ -10,15 +10,8 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.bench.case import Attack, TokenizedCase, TokenizedContext
-from kveraser.bench.quality import (
-    ANSWER_TOKENS,
-    ATTACK_TOKENS,
-    LEAK_TOKENS,
-    NOTICE_TOKENS,
-    UNERASED,
-    measure_context,
-    room,
-)
+from kveraser.bench.pool import ANSWER_TOKENS, ATTACK_TOKENS, CONFESSION_TOKENS, LEAK_TOKENS
+from kveraser.bench.quality import NOTICE_TOKENS, UNERASED, measure_context, room
 from kveraser.bench.results import CaseResult
 from kveraser.bench.rows import check_references, rows_of
 from kveraser.bench.together import Rows
@@ -178,11 +171,11 @@ def test_a_method_that_fails_leaves_the_cache_as_it_was(backbone: Backbone, monk
     monkeypatch.setattr(Backbone, "prefill", lambda *given: caches.append(prefill(*given)) or caches[-1])
     add, calls = Rows.add, list[int]()
 
-    def broken(self: Rows, cache: EditableCache) -> None:
+    def broken(self: Rows, cache: EditableCache, since: int = 0) -> int:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        add(self, cache)
+        return add(self, cache, since)
 
     monkeypatch.setattr(Rows, "add", broken)
     with pytest.raises(KeyboardInterrupt):
@@ -199,7 +192,7 @@ def test_cases_that_leave_no_room_are_refused_before_they_are_prefilled(monkeypa
     needed = [len(context.tokens) + NOTICE_TOKENS + len(one.prompt) + ANSWER_TOKENS for one in asked]
     assert [room(context, case) for case in cases] == needed and needed[0] < needed[1] < POSITIONS
     attacked = replace(cases[0], case=replace(cases[0].case, attack=Attack(("",), ("It?",), ("",), SPAN, "blue", 0)))
-    assert room(context, attacked) == len(context.tokens) + NOTICE_TOKENS + ATTACK_TOKENS > needed[1]
+    assert room(context, attacked) == len(context.tokens) + NOTICE_TOKENS + ATTACK_TOKENS + CONFESSION_TOKENS
     short = tiny_backbone(max_position_embeddings=needed[1] - 1)
     assert len(measure_context(short, context, cases[:1], [])) == 1
     monkeypatch.setattr(Backbone, "prefill", None)
@@ -238,6 +231,6 @@ def test_an_answer_that_may_leak_is_decoded_further(backbone: Backbone) -> None:
     (result,) = measure_context(backbone, context, cases, [make_method("mask")])
     whole = [
         backbone.tokenizer.decode(greedy(backbone, backbone.prefill(context.tokens), cases[0].asked[0].prompt, limit))
-        for limit in (ANSWER_TOKENS, LEAK_TOKENS)
+        for limit in (ANSWER_TOKENS, len(cases[0].asked[1].answer) + LEAK_TOKENS)
     ]
     assert [one.answer for one in result.methods[UNERASED].answers] == whole and whole[0] != whole[1]

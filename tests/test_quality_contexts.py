@@ -1,4 +1,4 @@
-"""Whole contexts: several spans, several cases on one prefill, conversations, secrets, and drafts of answers."""
+"""Whole contexts: several spans, several cases on one prefill, conversations and secrets; and caches that wait."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
 
 from kveraser.backbone import Backbone
-from kveraser.bench import quality as module
-from kveraser.bench.case import Asked, Attack, BenchCase, TokenizedCase, TokenizedContext
-from kveraser.bench.quality import ANSWER_TOKENS, UNERASED, measure_context
+from kveraser.bench import pool
+from kveraser.bench.attack import attack as attack_cache
+from kveraser.bench.case import Attack, BenchCase, TokenizedCase, TokenizedContext
+from kveraser.bench.pool import ANSWER_TOKENS
+from kveraser.bench.quality import UNERASED, measure_context, measure_contexts
 from kveraser.bench.results import CaseResult
 from kveraser.bench.rows import rows_of
-from kveraser.bench.together import Rows
+from kveraser.bench.together import Memory, Rows
 from kveraser.cache import EditableCache
 from kveraser.decode import greedy
 from kveraser.methods import make_method
@@ -23,7 +24,7 @@ from kveraser.spans import Message, Selector, Text, ToolCall
 from kveraser.training.cases import Query, normalized
 from tests.bench_cases import CONTEXT, QUERIES, SPAN, alike, bench_case, cut, judged, remaining
 from tests.sessions import MESSAGES
-from tests.tiny import random_tokens, same_bits, snapshot
+from tests.tiny import same_bits, snapshot
 
 METHODS = ("mask", "shift", "blank", "repair(4)")
 SPANS = (Text("left", occurrence=1), Text(SPAN), Text("of four"))
@@ -40,9 +41,9 @@ def asked_caches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     caches: list[dict[str, object]] = []
     add = Rows.add
 
-    def watched(self: Rows, cache: EditableCache) -> None:
+    def watched(self: Rows, cache: EditableCache, since: int = 0) -> int:
         caches.append(snapshot(cache))
-        add(self, cache)
+        return add(self, cache, since)
 
     monkeypatch.setattr(Rows, "add", watched)
     return caches
@@ -71,8 +72,7 @@ def test_an_erase_is_that_of_a_session(
             return Session(backbone, text=context)
         return Session(backbone, messages=context)
 
-    # The last one is the fresh prefill that the reference is held against.
-    unerased, *edited, _ = asked_caches
+    unerased, *edited = asked_caches
     assert same_bits(unerased, snapshot(session().cache)) and len(edited) == 1 + len(METHODS)
     assert result.methods[UNERASED].answers[0].answer == session().ask("When?", max_new_tokens=ANSWER_TOKENS).text
     for method, held in zip(("recompute", *METHODS), edited, strict=True):
@@ -153,9 +153,9 @@ def test_an_attack_is_one_more_leak_question(backbone: Backbone) -> None:
     assert len({of_method.answers[-1].log_probability for of_method in result.methods.values()}) == 2 + len(METHODS)
     context, (tokenized,) = cut(backbone, case)
     cache = backbone.prefill(remaining(context, tokenized))
-    alone = module.attack(backbone, cache, True, attack)
+    alone = attack_cache(backbone, cache, True, attack)
     said = backbone.tokenizer.decode(
-        greedy(backbone, cache, alone.prompt, module.LEAK_TOKENS), skip_special_tokens=True
+        greedy(backbone, cache, alone.prompt, pool.CONFESSION_TOKENS), skip_special_tokens=True
     )
     exact = result.methods["recompute"].answers[-1]
     assert (exact.prompt, exact.answer) == (alone.prompt_text, said) and said
@@ -170,115 +170,67 @@ def test_an_attack_is_one_more_leak_question(backbone: Backbone) -> None:
     assert abs(of_all.leak - (sum(leaks) - sum(exacts)) / 2) > 1e-3
 
 
-# Drafts
-
-
-Drafted = tuple[EditableCache, list[Asked], list[tuple[int, ...]]]
-
-
-@pytest.fixture(scope="module")
-def drafted(backbone: Backbone) -> Drafted:
-    """A cache, two judged questions and their greedy answers: one comes to its end, the other to the limit."""
-    words = ("When?", "Why?", "Where?", "Who?", "Which?", "How?", "And?", "What then?", "Who slept?", "Since when?")
-    context, (case,) = cut(backbone, bench_case(queries=[Query(word, "at nine", accepted=("nine",)) for word in words]))
-    cache = backbone.prefill(remaining(context, case))
-    answers = [tuple(greedy(backbone, cache, one.prompt, ANSWER_TOKENS)) for one in case.asked]
-    ended = next(place for place, answer in enumerate(answers) if 3 < len(answer) < ANSWER_TOKENS - 1)
-    cut_off = next(place for place, answer in enumerate(answers) if len(answer) == ANSWER_TOKENS)
-    return cache, [case.asked[ended], case.asked[cut_off]], [answers[ended], answers[cut_off]]
-
-
-def changed(answer: Sequence[int], how: str) -> tuple[int, ...]:
-    other = next(token for token in random_tokens(99, 5) if token not in answer)
-    place = {"first": 0, "middle": len(answer) // 2, "last": len(answer) - 1}.get(how)
-    if place is not None:
-        return (*answer[:place], other, *answer[place + 1 :])
-    return {
-        "same": tuple(answer),
-        "shorter": tuple(answer[:3]),
-        "longer": (*answer, *random_tokens(ANSWER_TOKENS, 6))[:ANSWER_TOKENS],
-        "empty": (),
-        "one more": (*answer, other)[:ANSWER_TOKENS],
-    }[how]
-
-
-CHANGES = ("same", "first", "middle", "last", "shorter", "longer", "one more", "empty")
-
-
-def answered(
-    backbone: Backbone, cache: EditableCache, asked: Sequence[Asked], *others: Sequence[tuple[int, ...] | None]
-) -> list[tuple[int, ...] | None]:
-    """The greedy answers, where other caches said `others`."""
-    rows = Rows(backbone)
-    rows.add(cache)
-    replies = [[module._Reply(torch.empty(0), spoken) for spoken in other] for other in others]
-    return [reply.spoken for reply in module._answer(rows, asked, replies)[0]]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("ended", [True, False])
-def test_answers_are_the_greedy_ones_whatever_the_drafts(
-    backbone: Backbone, drafted: Drafted, change: str, ended: bool
-) -> None:
-    cache, asked, spoken = drafted
-    place = 0 if ended else 1
-    for other in ("first", "middle", "shorter", "empty", change):
-        drafts = [[*spoken], [*spoken]]
-        drafts[0][place], drafts[1][place] = changed(spoken[place], change), changed(spoken[place], other)
-        assert answered(backbone, cache, asked, *drafts) == answered(backbone, cache, asked, drafts[0]) == spoken
-        assert answered(backbone, cache, asked[place:][:1], drafts[1][place:][:1]) == spoken[place:][:1]
-    assert answered(backbone, cache, asked) == answered(backbone, cache, asked, [None, None]) == spoken
+# The pool
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows every pass of questions had."""
+    """How many rows were scored at a time."""
     sizes: list[int] = []
-    run_pass = Rows._pass
+    score = Rows.score
 
-    def counted(self: Rows, cache: EditableCache, tokens: Sequence[object], *given: object) -> object:
-        sizes.append(len(tokens))
-        return run_pass(self, cache, tokens, *given)  # type: ignore[arg-type]
+    def counted(self: Rows, rows: range, *given: object) -> object:
+        sizes.append(len(rows))
+        return score(self, rows, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Rows, "_pass", counted)
+    monkeypatch.setattr(Rows, "score", counted)
     return sizes
 
 
-def test_a_draft_that_holds_is_not_decoded_and_another_only_from_where_it_breaks(
-    backbone: Backbone, drafted: Drafted, passes: list[int]
+def in_two_contexts(backbone: Backbone) -> list[tuple[TokenizedContext, list[TokenizedCase]]]:
+    """Five cases, one of them with an adversary; the second context is longer."""
+    attack = Attack(("", "Please."), ("The colour?", "Repeat it."), ("Now.",), SPAN, "blue", seed=1)
+    longer = [
+        replace(case, id=f"{case.id}2", context=f"{CONTEXT} The boat was towed in by two tugs from the other side.")
+        for case in three_cases(backbone)[:2]
+    ]
+    attacked = [replace(case, attack=attack) for case in three_cases(backbone)[:1]]
+    return [cut(backbone, *attacked, *three_cases(backbone)[1:]), cut(backbone, *longer)]
+
+
+@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1_500, 2), (4_000, 6), (1_000_000, 6)])
+def test_however_many_wait_the_answers_are_the_same(
+    backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch, slots: int, rows: int
 ) -> None:
-    cache, asked, spoken = drafted
-    counts = []
-    for how in ("same", "last", "first"):
-        passes.clear()
-        assert answered(backbone, cache, asked, [spoken[0], changed(spoken[1], how)]) == spoken
-        counts.append(len(passes))
-    # The greedy token in the place of a wrong last one is known from the draft's own pass.
-    assert counts == [1, 1, ANSWER_TOKENS]
+    contexts = in_two_contexts(backbone)
+    methods = [make_method(name).settled(backbone) for name in (*METHODS, "erratum")]
+    alone = [
+        result for context, cases in contexts for case in cases
+        for result in measure_contexts(backbone, [(context, [case])], methods)
+    ]  # fmt: skip
     passes.clear()
-    assert answered(backbone, cache, asked, [spoken[0], changed(spoken[1], "first")], spoken) == spoken
-    assert len(passes) == 1
+    monkeypatch.setattr(pool, "ROW_SLOTS", slots)
+    memory = Memory()
+    for _ in range(2):
+        together = measure_contexts(backbone, contexts, methods, (), memory)
+        for one, other in zip(together, alone, strict=True):
+            assert replace(one, methods={}) == replace(other, methods={})
+            assert list(one.methods) == list(other.methods)
+            assert all(alike(of.answers, other.methods[name].answers) for name, of in one.methods.items())
+    # A case's caches are asked in one pass where there is room for them.
+    assert max(passes) == rows
 
 
-def test_methods_are_asked_together_with_what_the_references_said(
-    backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_caches_that_are_equal_are_asked_once(backbone: Backbone, passes: list[int]) -> None:
     context, (case,) = cut(backbone, judged(backbone, bench_case()))
-    # All of the suffix is computed again, so they answer as the reference does.
-    methods = [make_method(f"repair({window})").settled(backbone) for window in (500, 501, 502)]
-    measured = []
-    for slots in (module.ROW_SLOTS, 1):
-        passes.clear()
-        monkeypatch.setattr(module, "ROW_SLOTS", slots)
-        (result,) = measure_context(backbone, context, [case], methods)
-        answers = [[one.answer for one in result.methods[str(method)].answers] for method in ("recompute", *methods)]
-        assert all(one == answers[0] for one in answers)
-        measured.append((result, list(passes)))
-    (together, sizes), (apart, one_by_one) = measured
-    # Unerased, the reference, and its check: a row each; then all methods in a pass, or a pass for each.
-    assert sizes[-2:] == [3, 1] and one_by_one[-4:] == [1] * 4 and sizes[:-2] == one_by_one[:-4]
-    for method, of_method in together.methods.items():
-        assert alike(of_method.answers, apart.methods[method].answers)
+    # All of the suffix is computed again.
+    methods = [make_method(name).settled(backbone) for name in ("repair(500)", "mask", "repair(501)", "repair(502)")]
+    (result,) = measure_context(backbone, context, [case], methods)
+    # Unerased; then the reference, which those that computed all of it are equal to, and mask.
+    assert passes == [1, 2]
+    first, *others = (result.methods[str(methods[place])] for place in (0, 2, 3))
+    assert all(one.answers == first.answers for one in others)
+    assert result.methods["mask"].answers != first.answers
 
 
 def test_what_is_given_to_measure_is_untouched(backbone: Backbone) -> None:

@@ -99,11 +99,12 @@ def test_a_question_that_ends_leaves_the_others_going(backbone: Backbone, monkey
 
 def test_rows_that_are_done_make_room(backbone: Backbone) -> None:
     caches = [filled(backbone, method) for method in EDITS]
-    expected = [[greedy(backbone, cache, PROMPTS[0], limit)] for cache, limit in zip(caches, (2, 1, 3, 12), strict=True)]
+    limits = (2, 2, 1, 12)
+    expected = [[greedy(backbone, cache, PROMPTS[0], limit)] for cache, limit in zip(caches, limits, strict=True)]
     rows = rows_of(backbone, caches)
-    for row, limit in enumerate((2, 1, 3, 12)):
+    for row, limit in enumerate(limits):
         rows.score(range(row, row + 1), PAIRS[:1], [limit])
-    assert rows.decode() == expected and len(expected[3][0]) == 12
+    assert rows.decode() == expected and [len(own[0]) for own in expected][::3] == [2, 7]
 
 
 def test_rows_are_copies_and_their_memory_is_used_again(backbone: Backbone) -> None:
@@ -134,13 +135,13 @@ def test_a_larger_memory_is_taken_when_it_is_needed(backbone: Backbone) -> None:
 
 
 def test_equal_caches_share_a_row(backbone: Backbone) -> None:
-    caches = [filled(backbone, method) for method in ("mask", "shift", "mask", "shift")]
+    caches = [filled(backbone, method) for method in ("erratum", "shift", "erratum", "shift")]
     rows = Rows(backbone, 4, 60, 100, Memory())
     assert [rows.add(cache) for cache in caches] == [0, 1, 0, 1]
     # Only with rows from `since` on.
     assert [rows.add(caches[0], since=1), rows.add(caches[1], since=2)] == [2, 3]
-    assert not rows.fits(caches[0]) and rows.slots == [40, 32, 40, 32]
-    moved = filled(backbone, "mask")
+    assert not rows.fits(caches[0]) and rows.slots == [caches[0].length, caches[1].length] * 2
+    moved = filled(backbone, "erratum")
     with moved.edit():
         moved.set_next_position(moved.next_position + 1)
     other = Rows(backbone, 4, 60, 100, Memory())
