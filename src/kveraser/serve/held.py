@@ -117,8 +117,13 @@ class HeldSession(Session):
         if any(marks.journal is not None for marks in forgotten):
             # What lies before an erase that can't be undone can't be reached either.
             self._history.clear()
+        cut = slots < len(self.slots)
         self.cache.truncate(slots)
         del self.slots[slots:]
+        if cut and slots and self.slots[-1] == tokens - 1:
+            # An erased span behind it may have left a hole there.
+            with self.cache.edit():
+                self.cache.set_next_position(int(self.cache.positions[-1].floor()) + 1)
         # Several tokens may share the last character.
         characters = max(end for _, end in transcript.offsets[:tokens])
         messages = [message for message in transcript.messages if message.end <= characters]
