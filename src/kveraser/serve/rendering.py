@@ -199,6 +199,29 @@ def added_text(tokenizer: Any, text: str, messages: Sequence[MessageRange] = ())
     return _rendered(tokenizer, text, tuple(messages))
 
 
+def exchanged(
+    tokenizer: Any, question: str, prompt: str, said: int, before: int, body_start: int | None
+) -> tuple[str, list[MessageRange]]:
+    """The text that closes an answer's turn, and where question and answer stand as messages, from its beginning on.
+
+    Args:
+        prompt: the question as it was added.
+        said: characters of the answer.
+        before: characters of the context before the question.
+        body_start: where the text begins whose open turn the question goes on with; None: it has a turn of its own.
+    """
+    closing, opening = chat.reply_closing(tokenizer), chat.reply_opening(tokenizer)
+    asked = -said - len(prompt)
+    if body_start is None:
+        user = chat.moved(chat.continuation(tokenizer, [{"role": "user", "content": question}])[1][0], asked)
+    else:
+        words = body_start - before + asked, asked + prompt.index(question) + len(question)
+        start = chat.first_turn_start(tokenizer)
+        turn = words if start is None else (start - before + asked, -said - len(opening))
+        user = MessageRange("user", *turn, *words, None, start is not None)
+    return closing, [user, MessageRange("assistant", -said - len(opening), len(closing), -said, 0)]
+
+
 def _rendered(
     tokenizer: Any, text: str, messages: tuple[MessageRange, ...] = (), body_start: int = 0, special: bool = False
 ) -> Rendered:

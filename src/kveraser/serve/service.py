@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+import copy
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from kveraser.errors import InputError, KVEraserError
 from kveraser.probes import Probe
-from kveraser.serve.engine import Sampling, TokenLogprob
+from kveraser.serve.background import Background
+from kveraser.serve.conversations import Conversations
+from kveraser.serve.engine import Engine, Sampling, TokenLogprob
+from kveraser.serve.entries import Limits
+from kveraser.serve.errors import as_serve_error
 from kveraser.serve.exchange import (
     Action,
     Caches,
@@ -22,25 +34,92 @@ from kveraser.serve.exchange import (
     TokenView,
     Turn,
 )
+from kveraser.serve.history import SPAN_TOKENS
+from kveraser.serve.rendering import Reading, read_messages, read_prompt, session_messages, session_text
+from kveraser.serve.scheduler import Scheduler
+from kveraser.serve.sessions import Sessions
+from kveraser.serve.store import Store
 from kveraser.serve.tool_results import ToolResultEdit
+
+SWEEP_SECONDS = 5.0
+"""How often what has expired is let go."""
 
 
 class Service:
     """Contexts in caches, and what is done with them. Every method raises `ServeError` only.
 
     `key` is whose contexts they are: nothing is ever shared between keys, and a foreign session is an unknown one.
+    Used from one asyncio loop.
+
+    Args:
+        engine: the model; from now on only the scheduler's thread calls it.
+        scheduler: over the same engine; closed with the service.
+        limits: what contexts may take.
+        folder: where sessions live across restarts; None: they end with the process.
+        method: how spans are erased where a request does not say; None: the engine's own choice. With `recompute`
+            nothing is erased for a request: from the first difference on, all is run again, in chunks.
+        span_tokens: tokens that erasing a span must save; else it is run again from the first difference on.
+        clock: seconds since 1970.
+
+    Raises:
+        ServeError: the folder can't be used, or another server uses it.
     """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        *,
+        limits: Limits | None = None,
+        folder: Path | None = None,
+        method: str | None = None,
+        span_tokens: int = SPAN_TOKENS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.engine, self.scheduler = engine, scheduler
+        self.created = int(clock())
+        # Tokenizers are not to be shared between threads, and the engine's belongs to its own.
+        self.tokenizer = copy.deepcopy(engine.tokenizer)
+        self.thread = ThreadPoolExecutor(1, "kveraser-reader")
+        self.background = Background()
+        self.store = Store(engine, scheduler, limits or Limits(), folder, clock)
+        self.conversations = Conversations(
+            engine, scheduler, self.store, self.thread, self.background, method, span_tokens
+        )
+        self.sessions = Sessions(
+            engine, scheduler, self.store, self.background, copy.deepcopy(engine.tokenizer), self.conversations
+        )
+        self._sweeper: asyncio.Task[None] | None = None
 
     def models(self) -> Sequence[ModelCard]:
         """The models that can be asked."""
-        raise NotImplementedError
+        return [ModelCard(self.engine.name, self.created, self.engine.max_positions)]
 
-    def generate(self, key: str, turn: Turn) -> AsyncIterator[Event]:
+    def token_text(self, token: int) -> str:
+        """The text of a token alone; part of a character is a replacement character."""
+        text: str = self.tokenizer.decode([token])
+        return text
+
+    async def generate(self, key: str, turn: Turn) -> AsyncIterator[Event]:
         """Answer a request: one `Started`, `Delta`s, one `Finished`. Closing the iterator cancels.
 
         The first `__anext__` raises whatever is wrong with the request.
         """
-        raise NotImplementedError
+        with self._serving():
+            reading = await self._in_thread(lambda: self._read(turn))
+            answer = self.conversations.answer(_owner(key), reading, turn.sampling, turn.erasing)
+            async with aclosing(answer) as events:
+                async for event in events:
+                    yield event
+
+    def _read(self, turn: Turn) -> Reading:
+        if (turn.messages is None) == (turn.prompt is None):
+            raise InputError("give either messages or a prompt")
+        if turn.messages is not None:
+            return read_messages(self.tokenizer, turn.messages, turn.tools, turn.context_management)
+        if turn.context_management:
+            raise InputError("context_management edits a conversation: give messages instead of a prompt")
+        return read_prompt(self.tokenizer, turn.prompt or "")
 
     async def create(
         self,
@@ -52,23 +131,37 @@ class Service:
         ttl: float | None = None,
     ) -> SessionView:
         """A new session of messages or a text, prefilled. `ttl` in seconds from its last use; None: the server's."""
-        raise NotImplementedError
+        with self._serving():
+            if (messages is None) == (text is None):
+                raise InputError("give a session either text or messages")
+            if ttl is not None and not ttl > 0:
+                raise InputError(f"ttl is {ttl}: give seconds above 0")
+            if messages is not None:
+                rendered = await self._in_thread(lambda: session_messages(self.tokenizer, messages, tools))
+            else:
+                rendered = await self._in_thread(lambda: session_text(self.tokenizer, text or ""))
+            turn_open = messages is None and rendered.body_start > 0
+            return await self.sessions.create(_owner(key), rendered, turn_open, ttl)
 
     async def list(self, key: str) -> Sequence[SessionView]:
         """The key's sessions, oldest first."""
-        raise NotImplementedError
+        with self._serving():
+            return self.sessions.list(_owner(key))
 
     async def view(self, key: str, id: str, contents: bool = False) -> SessionView:
         """One session."""
-        raise NotImplementedError
+        with self._serving():
+            return await self.sessions.view(_owner(key), id, contents)
 
     async def tokens(self, key: str, id: str) -> Sequence[TokenView]:
         """Every token of a session, erased ones included."""
-        raise NotImplementedError
+        with self._serving():
+            return await self.sessions.tokens(_owner(key), id)
 
     async def delete(self, key: str, id: str) -> None:
         """Delete a session; its states are overwritten, on disk too."""
-        raise NotImplementedError
+        with self._serving():
+            await self.sessions.delete(_owner(key), id)
 
     async def erase(
         self,
@@ -79,19 +172,28 @@ class Service:
         max_kl: float | None = None,
         undoable: bool = True,
     ) -> dict[str, Any]:
-        """Erase from a session; the receipt. `what`: a selector as `selector_from_json` reads it, or a list of them.
+        """Erase from a session; the receipt.
 
-        A list of two integers is one range of characters, as in case files.
+        Args:
+            what: a selector as `selector_from_json` reads it, or a list of them; a list of two whole numbers is one
+                range of characters.
+            undoable: False overwrites what went, in memory and on disk, and all that could bring it back.
         """
-        raise NotImplementedError
+        with self._serving():
+            return await self.sessions.erase(_owner(key), id, what, method, max_kl, undoable)
 
     async def undo(self, key: str, id: str, steps: int = 1) -> SessionView:
-        """Take back the session's last operations: erases, appends, kept answers."""
-        raise NotImplementedError
+        """Take back the session's last operations: erases, appends, kept answers.
+
+        They can be for as long as the limits say, and while the session stays in memory.
+        """
+        with self._serving():
+            return await self.sessions.undo(_owner(key), id, steps)
 
     async def fork(self, key: str, id: str) -> SessionView:
         """An independent copy."""
-        raise NotImplementedError
+        with self._serving():
+            return await self.sessions.fork(_owner(key), id)
 
     async def audit(
         self,
@@ -101,7 +203,8 @@ class Service:
         secrets: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """Measure what the session's erases achieved."""
-        raise NotImplementedError
+        with self._serving():
+            return await self.sessions.audit(_owner(key), id, probes, secrets)
 
     async def append(
         self,
@@ -112,9 +215,12 @@ class Service:
         text: str | None = None,
     ) -> SessionView:
         """Add messages to a conversation, or text to a text session."""
-        raise NotImplementedError
+        with self._serving():
+            if (messages is None) == (text is None):
+                raise InputError("append either text or messages")
+            return await self.sessions.append(_owner(key), id, messages, text)
 
-    def ask(
+    async def ask(
         self,
         key: str,
         id: str,
@@ -129,18 +235,62 @@ class Service:
             keep: question and answer become part of the session; only with `edited`.
             caches: answer from the session's own cache; from one in which nothing was erased; or from an exact one.
         """
-        raise NotImplementedError
+        with self._serving():
+            answer = self.sessions.ask(_owner(key), id, question, sampling or Sampling(), keep, caches)
+            async with aclosing(answer) as events:
+                async for event in events:
+                    yield event
 
     def status(self) -> dict[str, float]:
         """Numbers for health and metrics: contexts, sessions, bytes_held, bytes_spilled, waiting, streams."""
-        raise NotImplementedError
+        entries = self.store.entries.values()
+        return {
+            "contexts": sum(entry.kind == "conversation" for entry in entries),
+            "sessions": sum(entry.kind == "session" for entry in entries),
+            "bytes_held": self.store.bytes_held,
+            "bytes_spilled": self.store.bytes_spilled,
+            "waiting": self.scheduler.waiting,
+            "streams": self.scheduler.streams,
+        }
 
     async def close(self) -> None:
         """Write what is not on disk yet, and let everything go."""
-        raise NotImplementedError
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._sweeper
+        await self.background.finish()
+        await self.store.close()
+        await asyncio.to_thread(self.scheduler.close)
+        self.thread.shutdown()
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """The library's errors as the server's."""
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        try:
+            yield
+        except KVEraserError as error:
+            raise as_serve_error(error) from error
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        """Rendering and searching take a while, and must not hold up the streams."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            with suppress(KVEraserError):
+                await self.store.sweep()
+
+
+def _owner(key: str) -> str:
+    """What is written down of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 __all__ = [
-    "Action", "Caches", "Delta", "Erasing", "Event", "Finished", "Happened", "MessageView", "ModelCard", "Sampling",
-    "Service", "SessionView", "Started", "TokenLogprob", "TokenView", "ToolResultEdit", "Turn",
+    "Action", "Caches", "Delta", "Erasing", "Event", "Finished", "Happened", "Limits", "MessageView", "ModelCard",
+    "Sampling", "Service", "SessionView", "Started", "TokenLogprob", "TokenView", "ToolResultEdit", "Turn",
 ]  # fmt: skip

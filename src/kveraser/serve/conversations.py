@@ -1,0 +1,387 @@
+"""Cached conversations: a request's history against what is held, and the least work that makes the one the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kveraser.errors import KVEraserError
+from kveraser.methods import make_method
+from kveraser.receipt import Receipt
+from kveraser.serve.background import Background
+from kveraser.serve.engine import Engine, Held, Sampling
+from kveraser.serve.entries import Entry, Measured
+from kveraser.serve.errors import ContextOverflow, ServeError, SessionGone
+from kveraser.serve.exchange import Action, Delta, Erasing, Event, Finished, Happened, Started
+from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, reuse
+from kveraser.serve.rendering import Reading
+from kveraser.serve.scheduler import Scheduler
+from kveraser.serve.store import Store
+from kveraser.spans import Span
+
+BRANCH_TOKENS = 64
+"""A request that gives up more than this of what the last one asked with is a branch: the context is copied for it."""
+
+LEAST_KEPT = 16
+"""Fewer tokens in common are not worth a context that another conversation goes on with."""
+
+COPIED_PER_KEPT = 16
+"""A branch that keeps less than this part of a context is prefilled afresh instead of copying it."""
+
+ANSWER_TOKENS = 256
+"""Room that is reserved for an answer, and again whenever it has grown by as much."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request: whose, its tokens, how to erase for it, and whether only exact states may serve it."""
+
+    owner: str
+    reading: Reading
+    wanted: Tokens
+    erasing: Erasing
+    method: str | None
+    exactly: bool
+    source: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a context is to serve a request.
+
+    Attributes:
+        found: all that it has in common with the request.
+        kept: leading tokens of the request that are taken from it.
+        removed: spans of its live tokens to erase.
+        held: its leading live tokens that are kept or erased.
+    """
+
+    entry: Entry
+    revision: int
+    found: Reuse
+    kept: int
+    removed: tuple[Span, ...]
+    held: int
+
+    @property
+    def branches(self) -> bool:
+        return self.found.held < self.entry.prompt - BRANCH_TOKENS
+
+
+class Conversations:
+    """Answers requests from contexts that it keeps by itself.
+
+    Args:
+        method: how spans are erased where a request does not say; None: the engine's own choice.
+        span_tokens: tokens that an erased span must save; see `history.reuse`.
+        thread: for searches among cached tokens, one at a time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        store: Store,
+        thread: Executor,
+        background: Background,
+        method: str | None = None,
+        span_tokens: int = SPAN_TOKENS,
+    ) -> None:
+        self.engine, self.scheduler, self.store, self.thread = engine, scheduler, store, thread
+        self.background = background
+        self.method, self.span_tokens = method, span_tokens
+
+    async def answer(
+        self, owner: str, reading: Reading, sampling: Sampling, erasing: Erasing, source: str | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """One `Started`, `Delta`s, one `Finished`.
+
+        Args:
+            source: the session that the context is made for; with its deletion it goes.
+
+        Raises:
+            KVEraserError: before the first event.
+        """
+        wanted = np.array(reading.wanted, dtype=np.int32)
+        most = self.engine.max_positions
+        if most is not None and len(wanted) >= most:
+            raise ContextOverflow(
+                f"the request has {len(wanted)} tokens and the model {most} positions, one at least for the answer: "
+                "shorten it"
+            )
+        method = erasing.method or (None if erasing.max_kl is not None else self.method)
+        # An unknown method is refused before anything is changed.
+        named = None if method in (None, "auto") else make_method(str(method))
+        exactly = erasing.max_kl == 0 if named is None else named.is_reference
+        asked = _Asked(owner, reading, wanted, erasing, method, exactly, source)
+        room = min(sampling.max_tokens or ANSWER_TOKENS, ANSWER_TOKENS)
+        entry, what, kept = await self._prepared(asked, room)
+        try:
+            held = entry.held
+            assert held is not None
+            await self.scheduler.prefill(held)
+            exact = await self.scheduler.run(lambda: held.exact)
+            entry.exact_wanted |= erasing.now_then_exact
+            what = replace(what, exact=exact, exact_pending=entry.exact_wanted and not exact)
+            yield Started(len(wanted), kept, what)
+            count, room, reason = 0, ANSWER_TOKENS, "length"
+            async with aclosing(self.scheduler.decode(held, sampling, keep=True)) as steps:
+                async for step in steps:
+                    count += len(step.tokens)
+                    if step.text or step.tokens:
+                        yield Delta(step.text, step.tokens)
+                    if count >= room:
+                        room += ANSWER_TOKENS
+                        await self._grow(entry, room)
+                    reason = step.finish_reason or reason
+        finally:
+            await self.background.surely(self._release(entry, reading))
+        yield Finished("length" if reason == "length" else "stop", count, what)
+
+    async def _grow(self, entry: Entry, tokens: int) -> None:
+        """Keep room for an answer of `tokens`. Where there is none it goes on: it can't be put away half said."""
+        try:
+            await self.store.reserve(entry, tokens)
+        except ServeError:
+            entry.reserved = int(tokens * self.store.bytes_per_token)
+
+    # Choosing a context
+
+    async def _prepared(self, asked: _Asked, room: int) -> tuple[Entry, Happened, int]:
+        """A locked context that holds the request's tokens, the new ones pending; what was done; and tokens kept.
+
+        Args:
+            room: tokens to make room for behind them.
+        """
+        reading, size = asked.reading, len(asked.wanted)
+        plan = await self._chosen(asked)
+        if plan is not None:
+            entry = plan.entry
+            try:
+                await self.store.awake(entry)
+                if plan.branches:
+                    entry = await self._branch(plan, size - plan.kept + room)
+                else:
+                    await self.store.reserve(entry, size - plan.kept + room)
+                entry.source = asked.source
+                receipts, kept = await self.scheduler.run(self._edit(entry, plan, asked))
+            except (SessionGone, _Unusable):
+                await self.background.surely(self._release(entry, None))
+            except BaseException:
+                await self.background.surely(self._release(entry, None))
+                raise
+            else:
+                return entry, _happened(plan, entry, receipts, kept, size, reading), kept
+        entry = self.store.enter(asked.owner, "conversation", self.store.limits.conversation_seconds)
+        await entry.lock.acquire()
+        entry.source = asked.source
+        try:
+            await self.store.reserve(entry, size + room)
+            entry.held = await self.scheduler.run(lambda: self.engine.hold(reading.rest(0)))
+        except BaseException:
+            await self.background.surely(self._release(entry, None))
+            raise
+        return entry, Happened("prefill", entry.id, 0, 0, size, applied_edits=reading.applied), 0
+
+    async def _chosen(self, asked: _Asked) -> Plan | None:
+        """The free context that saves most, locked."""
+        free = [entry for entry in self.store.of(asked.owner, "conversation") if not entry.lock.locked()]
+        states = [(entry, entry.revision, entry.measured, entry.reading) for entry in free]
+        search = asyncio.get_running_loop().run_in_executor
+        for plan in await search(self.thread, lambda: self._ranked(states, asked)):
+            entry = plan.entry
+            if self.store.entries.get(entry.id) is entry and entry.revision == plan.revision:
+                if entry.lock.locked():
+                    continue
+                await entry.lock.acquire()
+                return plan
+        return None
+
+    def _ranked(self, states: Sequence[tuple[Entry, int, Measured, Reading | None]], asked: _Asked) -> list[Plan]:
+        """Contexts that are worth using, the best first."""
+        wanted, max_kl = asked.wanted, asked.erasing.max_kl
+        plans: list[tuple[int, float, Plan]] = []
+        for entry, revision, measured, reading in states:
+            # One token at least is new: the answer begins with what the model says behind it.
+            borders = reading.borders if reading is not None else None
+            found = reuse(measured.live, wanted[:-1], self.span_tokens, borders)
+            within = max_kl is None or (measured.kl is not None and measured.kl <= max_kl)
+            if asked.exactly or not (measured.exact or within):
+                # Behind the first erase nothing is exact; and nothing is erased to stay exact.
+                usable = len(measured.live) if measured.exact else measured.exact_prefix
+                kept = min(found.prefix, usable)
+                plan = Plan(entry, revision, found, kept, (), kept)
+            else:
+                plan = Plan(entry, revision, found, found.kept, found.removed, found.held)
+            worth = plan.kept * COPIED_PER_KEPT >= len(measured.live) if plan.branches else plan.kept > 0
+            if worth and plan.kept >= min(LEAST_KEPT, len(wanted) // 2):
+                plans.append((plan.kept - self.span_tokens * len(plan.removed), entry.used, plan))
+        return [plan for *_, plan in sorted(plans, key=lambda ranked: ranked[:2], reverse=True)]
+
+    async def _branch(self, plan: Plan, tokens: int) -> Entry:
+        """A copy of the plan's context, locked; the context is free again, as it was."""
+        origin = plan.entry
+        held = origin.held
+        assert held is not None
+        entry = self.store.enter(origin.owner, "conversation", origin.ttl)
+        await entry.lock.acquire()
+        try:
+            await self.store.reserve(entry, tokens, origin.bytes)
+            entry.held = await self.scheduler.run(lambda: self.engine.fork(held))
+        except BaseException:
+            await self.background.surely(self._release(entry, None))
+            raise
+        entry.reading, entry.prompt, entry.measured = origin.reading, origin.prompt, origin.measured
+        origin.lock.release()
+        return entry
+
+    # On the owner thread
+
+    def _edit(self, entry: Entry, plan: Plan, asked: _Asked) -> Callable[[], tuple[list[Receipt], int]]:
+        """Work that truncates, erases, and appends what is new; it returns receipts and how many tokens were kept."""
+        held, erasing = entry.held, asked.erasing
+        assert held is not None
+
+        def edit() -> tuple[list[Receipt], int]:
+            transcript, receipts, kept = held.transcript, list[Receipt](), plan.kept
+            places = [place for place, live in enumerate(transcript.live) if live]
+            if plan.held < len(places):
+                self.engine.truncate(held, places[plan.held - 1] + 1)
+            if plan.removed:
+                spans = [Span(places[span.start], places[span.end - 1] + 1) for span in plan.removed]
+                try:
+                    receipts.append(self.engine.erase(held, spans, asked.method, erasing.max_kl, undoable=False))
+                except KVEraserError:
+                    if erasing.method is not None or erasing.max_kl is not None:
+                        raise
+                    # The server's own way of erasing can't serve this: run again from the first difference.
+                    kept = plan.found.prefix
+                    if not kept:
+                        raise _Unusable from None
+                    self.engine.truncate(held, places[kept - 1] + 1)
+            left = [token for token, live in zip(transcript.tokens, transcript.live, strict=True) if live]
+            if not np.array_equal(np.array(left, dtype=np.int32), asked.wanted[:kept]):
+                raise _Unusable
+            self.engine.append(held, asked.reading.rest(kept))
+            return receipts, kept
+
+        return edit
+
+    # Afterwards
+
+    async def _release(self, entry: Entry, reading: Reading | None) -> None:
+        """Account for what a request left and free the context; what has not run of it is forgotten."""
+        held = entry.held
+
+        def tidy() -> bool:
+            assert held is not None
+            self.engine.forget_undo(held, 0)
+            if held.pending > 1:
+                places = [place for place, live in enumerate(held.transcript.live) if live]
+                if held.pending >= len(places):
+                    return False
+                self.engine.truncate(held, places[-held.pending])
+            return True
+
+        try:
+            usable = held is not None and await self.scheduler.run(tidy, always=True)
+            if not usable:
+                await self.store.remove(entry)
+                return
+            await self.store.settle(entry)
+            if reading is not None:
+                entry.reading, entry.prompt = reading, min(len(reading.wanted), entry.measured.live_tokens)
+            if entry.exact_wanted and not entry.measured.exact:
+                await self._make_exact(entry)
+        except BaseException:
+            await self.store.remove(entry)
+            raise
+        finally:
+            entry.reserved = 0
+            entry.lock.release()
+        await self._keep_count(entry.owner)
+
+    async def _keep_count(self, owner: str) -> None:
+        """Let the owner's conversations go that were used longest ago, beyond how many are kept."""
+        kept = self.store.of(owner, "conversation")
+        free = sorted((entry for entry in kept if not entry.lock.locked()), key=lambda entry: entry.used)
+        for entry in free[: max(0, len(kept) - self.store.limits.most_conversations)]:
+            await self.store.remove(entry)
+
+    async def _make_exact(self, entry: Entry) -> None:
+        """Prefill the context's live tokens afresh in idle time; the lock is held, and free again meanwhile.
+
+        A context that changes meanwhile keeps its cache: the request that changed it asks anew.
+        """
+        held, revision, loop = entry.held, entry.revision, asyncio.get_running_loop()
+        assert held is not None
+        copy_bytes = int(entry.measured.live_tokens * self.store.bytes_per_token)
+        if self.store.bytes_held + copy_bytes > self.store.limits.memory_bytes:
+            return
+        entry.copy_bytes = copy_bytes
+        copy = await self.scheduler.run(lambda: self.engine.exact_copy(held), always=True)
+
+        def current() -> bool:
+            return self.store.entries.get(entry.id) is entry and entry.revision == revision and entry.held is held
+
+        def advance() -> bool:
+            try:
+                if current() and self.engine.prefill(copy, self.scheduler.chunk):
+                    return True
+            except KVEraserError:
+                # The context stays as it is.
+                entry.exact_wanted = False
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(lambda: self.background.start(swap()))
+            return False
+
+        async def swap() -> None:
+            async with entry.lock:
+                entry.copy_bytes = 0
+                unneeded = copy
+                with suppress(ServeError):
+                    if current() and entry.exact_wanted:
+                        entry.held, entry.exact_wanted, unneeded = copy, False, held
+                        await self.scheduler.run(lambda: _declare_exact(copy), always=True)
+                        await self.store.settle(entry)
+                    await self.scheduler.run(lambda: self.engine.drop(unneeded, wipe=False), always=True)
+
+        self.scheduler.when_idle(advance)
+
+
+class _Unusable(Exception):
+    """A context turned out not to serve the request."""
+
+
+def _declare_exact(held: Held) -> None:
+    """The receipts of erases whose traces a fresh prefill has removed."""
+    held.receipts[:] = [replace(receipt, exact=True) for receipt in held.receipts]
+
+
+def _happened(
+    plan: Plan, entry: Entry, receipts: Sequence[Receipt], kept: int, wanted: int, reading: Reading
+) -> Happened:
+    """What taking up a context came to."""
+    action: Action = "append"
+    if receipts:
+        action = "erase"
+    elif kept < min(plan.entry.prompt, wanted) - 1 or plan.found.removed:
+        action = "recompute"
+    # What the context held and the request has as well, and was run again all the same.
+    again = max(0, plan.found.kept - kept)
+    documents: tuple[dict[str, Any], ...] = tuple(receipt.to_json() for receipt in receipts)
+    return Happened(
+        action=action,
+        context=entry.id,
+        erased_tokens=sum(receipt.erased for receipt in receipts),
+        recomputed_tokens=again + sum(receipt.recomputed for receipt in receipts),
+        prefilled_tokens=wanted - kept - again,
+        receipts=documents,
+        applied_edits=reading.applied,
+    )

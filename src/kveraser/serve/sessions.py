@@ -1,0 +1,388 @@
+"""Sessions that clients make and edit by hand: each a promise that its acknowledged state comes back or is gone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from kveraser import chat
+from kveraser.errors import InputError, SessionError
+from kveraser.probes import Probe
+from kveraser.serve.background import Background
+from kveraser.serve.conversations import ANSWER_TOKENS, Conversations
+from kveraser.serve.engine import Engine, Held, Rendered, Sampling
+from kveraser.serve.entries import Entry, Undoable
+from kveraser.serve.errors import ContextOverflow, Overloaded, SessionBusy
+from kveraser.serve.exchange import (
+    Caches,
+    Delta,
+    Erasing,
+    Event,
+    Finished,
+    Happened,
+    SessionView,
+    Started,
+    TokenView,
+)
+from kveraser.serve.rendering import (
+    Reading,
+    added_messages,
+    added_text,
+    exchanged,
+)
+from kveraser.serve.scheduler import Scheduler
+from kveraser.serve.selecting import read_selectors
+from kveraser.serve.store import Store
+from kveraser.serve.views import message_views, summary, token_views
+from kveraser.spans import resolve
+
+T = TypeVar("T")
+
+
+class Sessions:
+    """What clients do with their sessions. An operation on a session waits for the one before it; while an answer is
+    being decoded from it, everything but reading is refused.
+
+    Args:
+        tokenizer: for this class alone, on the event loop's thread.
+        conversations: answer from the caches that a session is compared with.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        store: Store,
+        background: Background,
+        tokenizer: Any,
+        conversations: Conversations,
+    ) -> None:
+        self.engine, self.scheduler, self.store, self.background = engine, scheduler, store, background
+        self.tokenizer, self.conversations = tokenizer, conversations
+
+    # Making and reading
+
+    async def create(self, owner: str, rendered: Rendered, turn_open: bool, ttl: float | None) -> SessionView:
+        """A session of a text, prefilled and recorded."""
+        limits = self.store.limits
+        self._check_count(owner)
+        self._check_room(0, len(rendered.tokens))
+        ttl = min(limits.session_seconds if ttl is None else ttl, limits.longest_session_seconds)
+        entry = self.store.enter(owner, "session", ttl)
+        entry.turn_open = turn_open
+        try:
+            async with entry.lock:
+                await self.store.reserve(entry, len(rendered.tokens) + ANSWER_TOKENS)
+                held = entry.held = await self.scheduler.run(lambda: self.engine.hold(rendered))
+                await self.scheduler.prefill(held)
+                await self.store.settle(entry)
+                return await self._view(entry, held, False)
+        except BaseException:
+            await self.background.surely(self.store.remove(entry))
+            raise
+
+    def _check_count(self, owner: str) -> None:
+        limits = self.store.limits
+        if len(self.store.of(owner, "session")) >= limits.most_sessions:
+            raise Overloaded(
+                f"there are {limits.most_sessions} sessions already, the most that a key may have: delete some",
+                code="too_many_sessions",
+            )
+
+    def _check_room(self, held: int, added: int) -> None:
+        most = self.engine.max_positions
+        if most is not None and held + added > most:
+            raise ContextOverflow(f"the session would have {held + added} tokens and the model has {most} positions")
+
+    async def view(self, owner: str, id: str, contents: bool) -> SessionView:
+        """One session; it comes back from disk for it."""
+        return await self._read(owner, id, lambda entry, held: self._view(entry, held, contents))
+
+    async def tokens(self, owner: str, id: str) -> Sequence[TokenView]:
+        """All its tokens."""
+
+        async def read(_: Entry, held: Held) -> Sequence[TokenView]:
+            return await self.scheduler.run(lambda: token_views(held.transcript))
+
+        return await self._read(owner, id, read)
+
+    async def _read(self, owner: str, id: str, read: Callable[[Entry, Held], Awaitable[T]]) -> T:
+        """Read a session between the engine's turns, while it is answering too."""
+        entry = self.store.session(owner, id)
+        if entry.held is not None and entry.streaming:
+            return await read(entry, entry.held)
+        async with self._using(owner, id) as (entry, held):
+            entry.used = self.store.clock()
+            return await read(entry, held)
+
+    async def _view(self, entry: Entry, held: Held, contents: bool) -> SessionView:
+        def read() -> SessionView:
+            transcript = held.transcript
+            return summary(
+                entry,
+                messages=message_views(transcript, contents),
+                text=transcript.live_text(0, len(transcript.tokens)) if contents else None,
+                receipts=tuple(receipt.to_json() for receipt in held.receipts),
+            )
+
+        return await self.scheduler.run(read)
+
+    def list(self, owner: str) -> Sequence[SessionView]:
+        """All of an owner's, as far as is known without touching them."""
+        now = self.store.clock()
+        return [summary(entry) for entry in self.store.of(owner, "session") if entry.revision and entry.expires > now]
+
+    # Changing
+
+    async def append(
+        self, owner: str, id: str, messages: Sequence[Mapping[str, Any]] | None, text: str | None
+    ) -> SessionView:
+        """Add messages, or text."""
+
+        async def append(entry: Entry, held: Held) -> SessionView:
+            rendered = self._continuation(entry, held, messages, text)
+            self._check_room(entry.measured.live_tokens, len(rendered.tokens))
+            await self.store.reserve(entry, len(rendered.tokens))
+            async with self._or_as_before(entry, held):
+                await self._add(held, rendered)
+                await self._settle(entry)
+            return await self._view(entry, held, False)
+
+        return await self._change(owner, id, append)
+
+    def _continuation(
+        self, entry: Entry, held: Held, messages: Sequence[Mapping[str, Any]] | None, text: str | None
+    ) -> Rendered:
+        templated = chat.has_template(self.tokenizer)
+        if messages is not None:
+            if entry.turn_open or not templated:
+                raise InputError("this is a text session: append text, not messages")
+            return added_messages(self.tokenizer, messages)
+        if templated and not entry.turn_open:
+            raise InputError("this is a conversation: append messages, not text")
+        if not text:
+            raise InputError("nothing to append: give some text")
+        return added_text(self.tokenizer, text)
+
+    async def erase(
+        self, owner: str, id: str, what: Any, method: str | None, max_kl: float | None, undoable: bool
+    ) -> dict[str, Any]:
+        """Erase spans; the receipt."""
+        selectors = read_selectors(what)
+
+        async def erase(entry: Entry, held: Held) -> dict[str, Any]:
+            await self.store.reserve(entry, ANSWER_TOKENS)
+
+            def work() -> dict[str, Any]:
+                spans = resolve(held.transcript, selectors)
+                return self.engine.erase(held, spans, method, max_kl, undoable).to_json()
+
+            receipt = await self.scheduler.run(work)
+            await self._settle(entry)
+            if not undoable:
+                await self._forget_made_for(entry)
+            return receipt
+
+        return await self._change(owner, id, erase)
+
+    async def undo(self, owner: str, id: str, steps: int) -> SessionView:
+        """Take back the last operations."""
+
+        async def undo(entry: Entry, held: Held) -> SessionView:
+            if not 1 <= steps <= len(entry.undoable):
+                raise SessionError(f"can't undo {steps} steps: {len(entry.undoable)} can be undone")
+            undone = entry.undoable[-steps:]
+            await self.scheduler.run(lambda: self.engine.undo(held, sum(one.steps for one in undone)))
+            entry.undoable, entry.turn_open = entry.undoable[:-steps], undone[0].turn_open
+            await self.store.settle(entry)
+            return await self._view(entry, held, False)
+
+        return await self._change(owner, id, undo)
+
+    async def audit(
+        self, owner: str, id: str, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """Measure what the erases achieved; the last receipt carries it."""
+
+        async def audit(entry: Entry, held: Held) -> dict[str, Any]:
+            await self.store.reserve(entry, 2 * entry.measured.tokens)
+            measured = await self.scheduler.run(lambda: self.engine.audit(held, probes, secrets))
+            await self.store.settle(entry)
+            return measured.to_json()
+
+        return await self._change(owner, id, audit)
+
+    async def fork(self, owner: str, id: str) -> SessionView:
+        """An independent copy, recorded as a session of its own."""
+
+        async def fork(origin: Entry, held: Held) -> SessionView:
+            self._check_count(owner)
+            entry = self.store.enter(owner, "session", origin.ttl)
+            entry.turn_open, entry.undoable = origin.turn_open, list(origin.undoable)
+            try:
+                async with entry.lock:
+                    await self.store.reserve(entry, 0, origin.bytes)
+                    copy = entry.held = await self.scheduler.run(lambda: self.engine.fork(held))
+                    await self.store.settle(entry)
+                    return await self._view(entry, copy, False)
+            except BaseException:
+                await self.store.remove(entry)
+                raise
+
+        return await self._change(owner, id, fork)
+
+    async def delete(self, owner: str, id: str) -> None:
+        """Delete a session, and what was made to compare it with; their states are overwritten."""
+        entry = self._free(owner, id)
+
+        async def delete() -> None:
+            async with entry.lock:
+                if self.store.entries.get(id) is entry:
+                    await self._forget_made_for(entry)
+                    await self.store.remove(entry, wipe=True)
+
+        await self.background.surely(delete())
+
+    async def _forget_made_for(self, session: Entry) -> None:
+        for entry in list(self.store.entries.values()):
+            if entry.source == session.id:
+                async with entry.lock:
+                    await self.store.remove(entry, wipe=True)
+
+    # Asking
+
+    async def ask(
+        self, owner: str, id: str, question: str, sampling: Sampling, keep: bool, caches: Caches
+    ) -> AsyncGenerator[Event, None]:
+        """Ask the session itself, or a context that it is compared with."""
+        if caches != "edited":
+            if keep:
+                raise InputError("only an answer from the session's own cache can be kept: ask with caches=edited")
+            reading = await self._read(owner, id, lambda entry, held: self._compared(entry, held, question, caches))
+            answer = self.conversations.answer(owner, reading, sampling, Erasing("recompute"), id)
+        else:
+            answer = self._ask(owner, id, question, sampling, keep)
+        async with aclosing(answer) as events:
+            async for event in events:
+                yield event
+
+    async def _compared(self, entry: Entry, held: Held, question: str, caches: Caches) -> Reading:
+        """The session's tokens, all of them or the live ones, and the question."""
+        added = added_text(self.tokenizer, chat.question_text(self.tokenizer, question, entry.turn_open))
+
+        def read() -> Reading:
+            transcript = held.transcript
+            base, tokens = len(transcript.text), len(transcript.tokens)
+            stays = [place for place in range(tokens) if caches == "unerased" or transcript.live[place]]
+            return Reading(
+                self.tokenizer,
+                transcript.text + added.text,
+                [*transcript.tokens, *added.tokens],
+                [*transcript.offsets, *((base + start, base + end) for start, end in added.offsets)],
+                [*stays, *range(tokens, tokens + len(added.tokens))],
+            )
+
+        return await self.scheduler.run(read)
+
+    async def _ask(
+        self, owner: str, id: str, question: str, sampling: Sampling, keep: bool
+    ) -> AsyncGenerator[Event, None]:
+        async with self._using(owner, id, streaming=True) as (entry, held):
+            text = chat.question_text(self.tokenizer, question, entry.turn_open)
+            prompt = added_text(self.tokenizer, text)
+            live, before = entry.measured.live_tokens, len(held.transcript.text)
+            self._check_room(live + 1, len(prompt.tokens))
+            await self.store.reserve(
+                entry, len(prompt.tokens) + min(sampling.max_tokens or ANSWER_TOKENS, ANSWER_TOKENS)
+            )
+            async with self._or_as_before(entry, held, always=not keep):
+                await self._add(held, prompt)
+                what = Happened("append", id, prefilled_tokens=len(prompt.tokens), exact=entry.measured.exact)
+                yield Started(live + len(prompt.tokens), live, what)
+                count, reason = 0, "length"
+                async with aclosing(self.scheduler.decode(held, sampling, keep)) as steps:
+                    async for step in steps:
+                        count += len(step.tokens)
+                        if step.text or step.tokens:
+                            yield Delta(step.text, step.tokens)
+                        reason = step.finish_reason or reason
+                if keep:
+                    await self.background.surely(self._keep(entry, held, question, text, before))
+            entry.used = self.store.clock()
+        yield Finished("length" if reason == "length" else "stop", count, what)
+
+    async def _keep(self, entry: Entry, held: Held, question: str, prompt: str, before: int) -> None:
+        """Close the reply's turn, and record the question and the answer."""
+        if chat.has_template(self.tokenizer):
+            said = len(held.transcript.text) - before - len(prompt)
+            body = held.transcript.body_start if entry.turn_open else None
+            closing, ranges = exchanged(self.tokenizer, question, prompt, said, before, body)
+            if closing:
+                await self._add(held, added_text(self.tokenizer, closing, ranges))
+        was_open, entry.turn_open = entry.turn_open, False
+        await self._settle(entry, was_open)
+
+    # What operations share
+
+    def _free(self, owner: str, id: str) -> Entry:
+        entry = self.store.session(owner, id)
+        if entry.streaming:
+            raise SessionBusy(f"session {id} is answering: wait for the end of the answer, or cancel it")
+        return entry
+
+    @asynccontextmanager
+    async def _using(self, owner: str, id: str, streaming: bool = False) -> AsyncIterator[tuple[Entry, Held]]:
+        """The session for oneself, in memory."""
+        entry = self._free(owner, id)
+        async with entry.lock:
+            # It may have gone while this waited.
+            self._free(owner, id)
+            entry.streaming = streaming
+            try:
+                yield entry, await self.store.awake(entry)
+            finally:
+                entry.streaming, entry.reserved = False, 0
+
+    async def _change(self, owner: str, id: str, change: Callable[[Entry, Held], Awaitable[T]]) -> T:
+        """Run an operation to its end, even when nobody waits for it any more: it may have been done by then."""
+
+        async def run() -> T:
+            async with self._using(owner, id) as (entry, held):
+                return await change(entry, held)
+
+        return await self.background.surely(run())
+
+    async def _add(self, held: Held, text: Rendered) -> None:
+        await self.scheduler.run(lambda: self.engine.append(held, text))
+        await self.scheduler.prefill(held)
+
+    @asynccontextmanager
+    async def _or_as_before(self, entry: Entry, held: Held, always: bool = False) -> AsyncIterator[None]:
+        """Take back what was added to a session, when something goes wrong or `always`."""
+        tokens = entry.measured.tokens
+
+        def take_back() -> None:
+            if len(held.transcript.tokens) > tokens:
+                self.engine.truncate(held, tokens)
+
+        try:
+            yield
+        except BaseException:
+            await self.background.surely(self.scheduler.run(take_back, always=True))
+            raise
+        if always:
+            await self.background.surely(self.scheduler.run(take_back, always=True))
+
+    async def _settle(self, entry: Entry, turn_open: bool | None = None) -> None:
+        """Record a change, and that it can be undone."""
+        before, opened = entry.measured.undo_steps, entry.turn_open if turn_open is None else turn_open
+        await self.store.settle(entry)
+        grown = entry.measured.undo_steps - before
+        if not entry.measured.undo_steps:
+            entry.undoable = []
+        elif grown > 0:
+            entry.undoable = [*entry.undoable, Undoable(grown, self.store.clock(), opened)]
+            if len(entry.undoable) > self.store.limits.undo_steps:
+                most = self.store.limits.undo_steps
+                await self.store.keep_undoable(entry, entry.undoable[len(entry.undoable) - most :])
