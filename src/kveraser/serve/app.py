@@ -64,8 +64,16 @@ class Settings:
 class _Page(StaticFiles):
     """The playground's files."""
 
+    async def check_config(self) -> None:
+        if not Path(str(self.directory)).is_dir():
+            raise HTTPException(404)
+
     async def get_response(self, path: str, scope: Scope) -> Response:
-        response = await super().get_response(path, scope)
+        try:
+            response = await super().get_response(path, scope)
+        except ValueError as error:
+            # No file's name has such characters.
+            raise HTTPException(404) from error
         response.headers.update(PAGE_HEADERS)
         return response
 
