@@ -138,7 +138,7 @@ def test_an_erase_that_can_not_be_undone_leaves_no_copy(engine: TransformersEngi
     engine.erase(held, [Span(30, 34)], "shift", None, undoable=True)
     earlier = held._history[-1].journal
     assert holds(inside) == 1 and earlier is not None and earlier.bytes > 0
-    receipt: Receipt = engine.erase(held, SPAN, method, None, undoable=True)
+    engine.erase(held, SPAN, method, None, undoable=True)
     assert holds(inside) >= 1 and held.undo_steps == 2
     engine.undo(held, 1)
     receipt = engine.erase(held, SPAN, method, None, undoable=False)
