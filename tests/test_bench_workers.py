@@ -17,6 +17,7 @@ from kveraser.bench import sharing, workers
 from kveraser.bench.case import Attack, BenchCase
 from kveraser.bench.plan import QualitySettings
 from kveraser.bench.run import run
+from kveraser.bench.together import Memory
 from kveraser.bench.workers import Work, measure_all
 from kveraser.cache import EditableCache
 from kveraser.errors import InputError
@@ -118,7 +119,9 @@ def test_sharing_counts_the_prefills_of_contexts(backbone: Backbone, monkeypatch
 def test_sharing_times_each_way_context_by_context(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, measured = [100.0], list[tuple[list[str], list[str]]]()
 
-    def measure(_: Backbone, contexts: Sequence[tuple[object, Sequence[object]]], methods: Sequence[Method]) -> None:
+    def measure(
+        _: Backbone, contexts: Sequence[tuple[object, Sequence[object]]], methods: Sequence[Method], memory: Memory
+    ) -> None:
         ((_, cases),) = contexts
         measured.append(([case.case.id for case in cases], [str(method) for method in methods]))  # type: ignore[attr-defined]
         clock[0] += 10 + len(cases) * len(methods)

@@ -11,6 +11,7 @@ from kveraser.backbone import Backbone
 from kveraser.bench.case import BenchCase, tokenize_case, tokenize_context
 from kveraser.bench.environment import environment
 from kveraser.bench.quality import measure_contexts
+from kveraser.bench.together import Memory
 from kveraser.errors import InputError
 from kveraser.methods import Method
 
@@ -41,7 +42,7 @@ def run(
 ) -> tuple[list[SharingRow], float]:
     """Measure `cases` both ways, context by context in turn, so that a machine that slows down slows both.
 
-    The shared way also asks all edited caches together, and takes what one answers as a draft for the others.
+    The shared way also asks all edited caches together.
 
     Returns:
         A row a way, and how many times faster the shared one is.
@@ -55,18 +56,18 @@ def run(
     contexts: dict[str, list[BenchCase]] = {}
     for case in cases:
         contexts.setdefault(repr(case.context), []).append(case)
-    shared = alone = 0.0
+    shared, alone, memory = 0.0, 0.0, Memory()
     for place, together in enumerate(contexts.values()):
         report(f"context {place + 1} of {len(contexts)}", place / len(contexts))
         context = tokenize_context(backbone.tokenizer, together[0].context)
         tokenized = [tokenize_case(backbone.tokenizer, context, case) for case in together]
         started = time.perf_counter()
-        measure_contexts(backbone, [(context, tokenized)], methods)
+        measure_contexts(backbone, [(context, tokenized)], methods, memory=memory)
         shared += time.perf_counter() - started
         started = time.perf_counter()
         for one in tokenized:
             for method in methods:
-                measure_contexts(backbone, [(context, [one])], [method])
+                measure_contexts(backbone, [(context, [one])], [method], memory=memory)
         alone += time.perf_counter() - started
     pairs = len(cases) * len(methods)
     rows = [
