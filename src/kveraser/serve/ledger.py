@@ -68,8 +68,9 @@ class Ledger:
             self.records, whole, self._number = _read(self._file.read())
             self._size = self._compacted = whole
             self._cut()
-            with suppress(OSError):
-                self._compact()
+            if self._number != len(self.records):
+                with suppress(OSError):
+                    self._compact()
         except OSError as error:
             raise ServeError(
                 f"the ledger {path} can't be opened ({error}): check the folder, and that no other server uses it"
