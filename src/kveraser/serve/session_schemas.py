@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kveraser.probes import Probe
 from kveraser.receipt import ProbeKind
@@ -87,6 +87,14 @@ class NewMessages(Contents):
     """What is added to a session."""
 
     model_config = _examples({"messages": [{"role": "user", "content": "And when does it arrive?"}]})
+
+
+class ViewQuery(BaseModel):
+    """How much to show of a session; the one body that comes as a query, whose values are texts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    contents: bool = Field(False, description="With the live text, and each message's.")
 
 
 class EraseRequest(Request):

@@ -43,7 +43,15 @@ TokenText = Callable[[int], str]
 STREAM_REPLY: dict[str, Any] = {
     "description": "The answer; with `stream`, server-sent events that end with `[DONE]`.",
     "headers": {"X-KVEraser": {"description": "What happened to the cache, as JSON.", "schema": {"type": "string"}}},
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "properties": {"data": {"type": "string", "description": "A chunk as JSON, or `[DONE]`."}},
+                "required": ["data"],
+            }
+        }
+    },
 }
 
 

@@ -27,7 +27,6 @@ SHOWN_VALUE = 80
 SHOWN_FIELDS = 8
 
 
-
 def error_response(error: KVEraserError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The reply that an error becomes."""
     serve = as_serve_error(error)

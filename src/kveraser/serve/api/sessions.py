@@ -36,6 +36,7 @@ from kveraser.serve.session_schemas import (
     SessionToken,
     TokensReply,
     UndoRequest,
+    ViewQuery,
 )
 
 routes = router("Sessions")
@@ -68,10 +69,10 @@ async def view(
     session: SessionId,
     service: Served,
     owner: Owner,
-    contents: Annotated[bool, Query(description="With the live text and each message's.")] = False,
+    query: Annotated[ViewQuery, Query()],
 ) -> SessionReply:
     """What a session holds, and what was erased from it."""
-    return _reply(await service.view(owner, session, contents))
+    return _reply(await service.view(owner, session, query.contents))
 
 
 @routes.delete("/v1/sessions/{session}", responses=errors(*TOUCHING), summary="Delete a session")
