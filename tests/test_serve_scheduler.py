@@ -365,8 +365,8 @@ def test_idle_work_runs_when_nothing_else_does(engine: Recording) -> None:
 
 def test_a_scheduler_with_nothing_to_do_does_nothing(engine: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds: list[int] = []
-    own = Scheduler._drop_cancelled
-    monkeypatch.setattr(Scheduler, "_drop_cancelled", lambda self: (rounds.append(1), own(self))[1])
+    own = Scheduler._next
+    monkeypatch.setattr(Scheduler, "_next", lambda self: (rounds.append(1), own(self))[1])
 
     async def test(scheduler: Scheduler) -> None:
         scheduler.when_idle(lambda: False)

@@ -57,7 +57,6 @@ class _Reply:
 class _Work:
     work: Callable[[], Any]
     reply: _Reply
-    cancelled: bool = False
 
 
 @dataclass(eq=False)
@@ -140,7 +139,8 @@ class Scheduler:
             result: T = await job.reply.future
             return result
         finally:
-            job.cancelled = not always
+            if not always:
+                self._leave(self._works, job)
 
     async def prefill(self, held: Held) -> None:
         """Run a context's pending tokens, all but the last, in chunks that take turns with everything else.
@@ -156,6 +156,7 @@ class Scheduler:
             await job.reply.future
         finally:
             job.cancelled = True
+            self._leave(self._prefills, job)
 
     async def decode(self, held: Held, sampling: Sampling, keep: bool) -> AsyncGenerator[Step, None]:
         """Decode an answer, a step at a time. Closing or cancelling it ends the answer there.
@@ -177,11 +178,10 @@ class Scheduler:
                 if step.finish_reason is not None:
                     return
         finally:
-            with self._changed:
-                answer.cancelled = True
-                self._changed.notify()
-            # The caller may use the context next: a cancelled one still waits for the step that runs.
-            await asyncio.shield(answer.ended.future)
+            answer.cancelled = True
+            if not self._leave(self._answers, answer):
+                # The caller may use the context next: a cancelled one still waits for the step that runs.
+                await asyncio.shield(answer.ended.future)
 
     def when_idle(self, work: Callable[[], bool]) -> None:
         """Call `work` on the owner thread while nothing else waits or runs, again and again as long as it returns True.
@@ -214,76 +214,75 @@ class Scheduler:
             queue.append(job)
             self._changed.notify()
 
+    def _leave(self, queue: deque[Any], job: Any) -> bool:
+        """Take a job back that nobody waits for any more; False: its turn has come already."""
+        with self._changed:
+            if waits := job in queue:
+                queue.remove(job)
+            return waits
+
     # On the owner thread
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._drop_cancelled()
-                while not (self._closing or self.waiting or self._running or self._idle):
-                    self._changed.wait()
-                if self._closing:
-                    break
-                busy = bool(self.waiting or self._running)
-            if busy:
-                started = time.monotonic()
-                self._turn()
-                self.turn_seconds += SMOOTHING * (time.monotonic() - started - self.turn_seconds)
-            else:
-                self._rest()
+        while (turn := self._next()) is not None:
+            turn()
         self._refuse_all()
 
-    def _drop_cancelled(self) -> None:
-        """Forget queued jobs that nobody waits for."""
-        for queue in (self._works, self._prefills):
-            for job in [job for job in queue if job.cancelled]:
-                queue.remove(job)  # type: ignore[arg-type]
-        for answer in [answer for answer in self._answers if answer.cancelled]:
-            self._answers.remove(answer)
-            answer.ended.answer(None)
+    def _next(self) -> Callable[[], None] | None:
+        """Wait until there is something to do, and say what; None: the scheduler is closed."""
+        with self._changed:
+            while True:
+                if self._closing:
+                    return None
+                if self.waiting or self._running:
+                    return self._turn
+                if self._idle:
+                    return self._rest
+                self._changed.wait()
+
+    def _take(self, queue: deque[T]) -> T | None:
+        """The next job of a queue, which its caller can't take back any more."""
+        with self._changed:
+            return queue.popleft() if queue else None
 
     def _turn(self) -> None:
+        started = time.monotonic()
         for answer in [answer for answer in self._running if answer.cancelled]:
             self._end(answer)
-        self._work()
+        self._work(until=started + WORK_SECONDS)
         self._prefill_chunk()
-        while self._answers and len(self._running) < self.most_streams:
-            self._begin(self._answers.popleft())
+        while len(self._running) < self.most_streams and (begun := self._take(self._answers)) is not None:
+            self._begin(begun)
         if self._running:
             self._decode_step(list(self._running))
+        self.turn_seconds += SMOOTHING * (time.monotonic() - started - self.turn_seconds)
 
-    def _work(self) -> None:
-        until = time.monotonic() + WORK_SECONDS
-        while self._works:
-            job = self._works.popleft()
-            if not job.cancelled:
-                try:
-                    job.reply.answer(job.work())
-                except BaseException as error:
-                    job.reply.fail(error)
+    def _work(self, until: float) -> None:
+        while (job := self._take(self._works)) is not None:
+            try:
+                job.reply.answer(job.work())
+            except BaseException as error:
+                job.reply.fail(error)
             if time.monotonic() >= until:
-                break
+                return
 
     def _prefill_chunk(self) -> None:
-        if not self._prefills:
+        job = self._take(self._prefills)
+        if job is None:
             return
-        job = self._prefills[0]
         try:
-            left = 0 if job.cancelled else self.engine.prefill(job.held, self.chunk)
+            left = self.engine.prefill(job.held, self.chunk)
         except BaseException as error:
-            self._prefills.popleft()
             job.reply.fail(error)
             return
-        if left:
-            self._prefills.rotate(-1)
-        else:
-            self._prefills.popleft()
+        if not left:
             job.reply.answer(None)
+            return
+        with self._changed:
+            if not job.cancelled:
+                self._prefills.append(job)
 
     def _begin(self, answer: _Answer) -> None:
-        if answer.cancelled:
-            answer.ended.answer(None)
-            return
         try:
             answer.stream = self.engine.begin(answer.held, answer.sampling)
         except BaseException as error:
