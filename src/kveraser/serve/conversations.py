@@ -16,7 +16,7 @@ from kveraser.methods import make_method
 from kveraser.receipt import Receipt
 from kveraser.serve.background import Background
 from kveraser.serve.engine import Engine, Held, Sampling
-from kveraser.serve.entries import Entry, Measured
+from kveraser.serve.entries import Entry, Measured, Source
 from kveraser.serve.errors import ContextOverflow, ServeError, SessionGone
 from kveraser.serve.exchange import Action, Delta, Erasing, Event, Finished, Happened, Started
 from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, reuse
@@ -48,7 +48,7 @@ class _Asked:
     erasing: Erasing
     method: str | None
     exactly: bool
-    source: str | None
+    source: Source | None
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class Conversations:
         self.method, self.span_tokens = method, span_tokens
 
     async def answer(
-        self, owner: str, reading: Reading, sampling: Sampling, erasing: Erasing, source: str | None = None
+        self, owner: str, reading: Reading, sampling: Sampling, erasing: Erasing, source: Source | None = None
     ) -> AsyncGenerator[Event, None]:
         """One `Started`, `Delta`s, one `Finished`.
 
         Args:
-            source: the session that the context is made for; with its deletion it goes.
+            source: what the context is made for; contexts made for something else don't serve it.
 
         Raises:
             KVEraserError: before the first event.
@@ -169,7 +169,6 @@ class Conversations:
                     entry = await self._branch(plan, size - plan.kept + room)
                 else:
                     await self.store.reserve(entry, size - plan.kept + room)
-                entry.source = asked.source
                 receipts, kept = await self.scheduler.run(self._edit(entry, plan, asked))
             except (SessionGone, _Unusable):
                 await self.background.surely(self._release(entry, None))
@@ -191,7 +190,8 @@ class Conversations:
 
     async def _chosen(self, asked: _Asked) -> Plan | None:
         """The free context that saves most, locked."""
-        free = [entry for entry in self.store.of(asked.owner, "conversation") if not entry.lock.locked()]
+        known = self.store.of(asked.owner, "conversation")
+        free = [entry for entry in known if entry.source == asked.source and not entry.lock.locked()]
         states = [(entry, entry.revision, entry.measured, entry.reading) for entry in free]
         search = asyncio.get_running_loop().run_in_executor
         for plan in await search(self.thread, lambda: self._ranked(states, asked)):
@@ -238,6 +238,7 @@ class Conversations:
             await self.background.surely(self._release(entry, None))
             raise
         entry.reading, entry.prompt, entry.measured = origin.reading, origin.prompt, origin.measured
+        entry.source = origin.source
         origin.lock.release()
         return entry
 

@@ -15,6 +15,9 @@ from kveraser.serve.rendering import Reading
 
 Kind = Literal["session", "conversation"]
 
+Source = tuple[str, str]
+"""The session that a context is compared with, and how it differs."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -84,7 +87,7 @@ class Entry:
     Attributes:
         held: None while it lies on disk.
         prompt: live tokens that the last request had, before its answer.
-        source: the session that it was made for, if any.
+        source: what it was made for, where that is a session; with the session it goes.
         reserved: bytes that a running request may still take.
         copy_bytes: of the exact copy that is being made of it.
         saved: the revision of the snapshot on disk.
@@ -104,7 +107,7 @@ class Entry:
     undoable: list[Undoable] = field(default_factory=list)
     reading: Reading | None = None
     prompt: int = 0
-    source: str | None = None
+    source: Source | None = None
     reserved: int = 0
     copy_bytes: int = 0
     saved: int | None = None

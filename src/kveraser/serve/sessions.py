@@ -246,7 +246,7 @@ class Sessions:
 
     async def _forget_made_for(self, session: Entry) -> None:
         for entry in list(self.store.entries.values()):
-            if entry.source == session.id:
+            if entry.source is not None and entry.source[0] == session.id:
                 async with entry.lock:
                     await self.store.remove(entry, wipe=True)
 
@@ -260,7 +260,7 @@ class Sessions:
             if keep:
                 raise InputError("only an answer from the session's own cache can be kept: ask with caches=edited")
             reading = await self._read(owner, id, lambda entry, held: self._compared(entry, held, question, caches))
-            answer = self.conversations.answer(owner, reading, sampling, Erasing("recompute"), id)
+            answer = self.conversations.answer(owner, reading, sampling, Erasing("recompute"), (id, caches))
         else:
             answer = self._ask(owner, id, question, sampling, keep)
         async with aclosing(answer) as events:
