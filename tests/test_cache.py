@@ -351,3 +351,33 @@ def test_a_cache_born_in_inference_mode_can_be_written_outside_it(backbone: Back
             everything(backbone, each)
         backbone.extend(each, random_tokens(300, seed=4))
     assert same_bits(snapshot(cache), snapshot(reference))
+
+
+# Overwriting what is left
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES, ids=name_of)
+def test_a_copied_journal_reverts_after_the_first_was_wiped(backbone: Backbone, primitive: Primitive) -> None:
+    cache = backbone.prefill(TOKENS)
+    before = snapshot(cache)
+    with cache.edit() as journal:
+        primitive(backbone, cache)
+    copied = journal.copy()
+    assert copied.bytes == journal.bytes
+    journal.wipe()
+    states = [state for step in journal.steps for pair in step.states for state in pair if state is not None]
+    assert not any(bool(state.any()) for state in states)
+    cache.revert(copied)
+    assert same_bits(snapshot(cache), before)
+
+
+def test_wiping_unused_slots_leaves_those_in_use(backbone: Backbone) -> None:
+    cache = backbone.prefill(TOKENS)
+    cache.truncate(12)
+    before = snapshot(cache)
+    buffers = [buffer for layer in cache.layers for buffer in (layer.keys, layer.values) if buffer is not None]
+    assert all(bool(buffer[:, :, 12:].any()) for buffer in buffers)
+    cache.wipe_unused()
+    assert not any(bool(buffer[:, :, 12:].any()) for buffer in buffers)
+    assert same_bits(snapshot(cache), before)
+    EditableCache(3).wipe_unused()
