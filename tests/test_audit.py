@@ -225,6 +225,22 @@ def test_an_exact_reference_that_says_nothing_is_compared_on_its_end(session: Se
     assert measured.probes[0].tokens == 1 and measured.kl > 0
 
 
+def test_kl_by_token_is_that_of_each_place_and_names_what_the_token_adds(session: Session) -> None:
+    session.erase(SPAN, "mask")
+    probe = Probe("Who is the captain?", answer="It is Ada 🙂, the one")
+    (measured,) = session.audit([probe]).probes
+    exact, unerased = plain(session, True, probe), plain(session, False, probe)
+    by_hand = [kl_by_hand(one, other) for one, other in zip(exact, unerased, strict=True)]
+    assert [token.kl_unerased for token in measured.by_token] == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
+    assert max(by_hand) > 10 * min(by_hand)
+    kls = [token.kl for token in measured.by_token]
+    assert measured.kl == pytest.approx(sum(kls) / len(kls)) and max(kls) > 1e-3 and kls != by_hand
+    # The emoji's bytes are several tokens, and the first shows it.
+    texts = [token.text for token in measured.by_token]
+    assert "".join(texts) == probe.answer and len(texts) == measured.tokens
+    assert texts[texts.index("🙂") + 1] == ""
+
+
 def test_probes_that_do_not_feel_the_span_have_no_fidelity(session: Session) -> None:
     session.erase(SPAN, "mask")
     exact = session.references().exact

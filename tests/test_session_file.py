@@ -323,3 +323,12 @@ def test_what_json_can_not_hold_is_refused(session: Session, path: Path) -> None
     with pytest.raises(SessionFileError, match="must be JSON values"):
         session.save(path)
     assert not path.exists()
+
+
+def test_a_file_from_before_kl_was_told_by_token_is_read(session: Session, path: Path) -> None:
+    session.save(path)
+    receipts = contents(path)[1]["receipts"]
+    assert all(probe.pop("by_token") for probe in receipts[-1]["audit"]["probes"])
+    rewrite(path, receipts=receipts)
+    (probe,) = Session.load(path, session.backbone).receipts[-1].audit.probes
+    assert probe.by_token == () and probe.question == "Who is the captain?"

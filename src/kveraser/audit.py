@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from statistics import fmean
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.decode import end_tokens
+from kveraser.decode import end_tokens, text_with_offsets
 from kveraser.packed import greedy_together, score_together
 from kveraser.probes import Probe, mentions
-from kveraser.receipt import Audit, ProbeResult
+from kveraser.receipt import Audit, ProbeResult, TokenKL
 
 T = TypeVar("T")
 
@@ -59,9 +61,14 @@ class References:
 
 def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
     """Sum over places of KL(exact || other), in nats, from log-probabilities `[answer, vocabulary]`."""
+    return float(_kl_by_place(exact, other).sum())
+
+
+def _kl_by_place(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """float64 `[answer]`."""
     probabilities, difference = exact.double().exp(), exact.double() - other.double()
     # What the exact reference rules out adds nothing, even where the other rules it out as well.
-    return float((probabilities * difference).masked_fill(probabilities == 0, 0.0).sum())
+    return (probabilities * difference).masked_fill(probabilities == 0, 0.0).sum(dim=-1)
 
 
 def audit(
@@ -150,20 +157,21 @@ def _measure(
 
     exact = references.remember(("exact", prompts, answers), lambda: scores(references.exact))
 
-    def distances(cache: EditableCache) -> list[float]:
-        """KL(exact || cache) of every probe, in nats per answer token."""
+    def distances(cache: EditableCache) -> list[list[float]]:
+        """KL(exact || cache) at every token of every probe's answer, in nats."""
         pairs = zip(exact, scores(cache), strict=True)
-        return [kl_divergence(reference, other) / len(reference) for reference, other in pairs]
+        return [_kl_by_place(reference, other).tolist() for reference, other in pairs]
 
     unerased = references.remember(("unerased", prompts, answers), lambda: distances(references.unerased))
     holes: Sequence[float | None] = [None] * len(probes)
     if hole is not None:
         key = ("hole", prompts, answers, hole.next_position, tuple(hole.positions.tolist()))
-        holes = references.remember(key, lambda: distances(hole))
+        holes = [fmean(one) for one in references.remember(key, lambda: distances(hole))]
     results = []
     for place, (prepared, edited_scores) in enumerate(zip(probes, scores(edited), strict=True)):
         answer = answers[place]
         places, forced = torch.arange(len(answer)), torch.tensor(answer)
+        kls = _kl_by_place(exact[place], edited_scores).tolist()
         said, said_exact = (
             backbone.tokenizer.decode(tokens, skip_special_tokens=True)
             for tokens in (replies[place], exact_replies[place])
@@ -175,16 +183,24 @@ def _measure(
                 answer=backbone.tokenizer.decode(answer, skip_special_tokens=True),
                 edited_answer=said,
                 tokens=len(answer),
-                kl=kl_divergence(exact[place], edited_scores) / len(answer),
-                kl_unerased=unerased[place],
+                kl=fmean(kls),
+                kl_unerased=fmean(unerased[place]),
                 kl_hole=holes[place],
                 log_probability_exact=float(exact[place][places, forced].mean()),
                 log_probability_edited=float(edited_scores[places, forced].mean()),
                 reproduced=any(mentions(said, secret) for secret in secrets),
                 reproduced_exact=any(mentions(said_exact, secret) for secret in secrets),
+                by_token=tuple(map(TokenKL, _pieces(backbone, answer), kls, unerased[place])),
             )
         )
     return results
+
+
+def _pieces(backbone: Backbone, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds; of those that only together make a character the first has it."""
+    text, offsets = text_with_offsets(backbone.tokenizer, tokens)
+    reached = accumulate((end for _, end in offsets), max, initial=0)
+    return [text[max(start, before) : end] for (start, end), before in zip(offsets, reached, strict=False)]
 
 
 def _mean(results: Sequence[ProbeResult], key: str) -> float | None:

@@ -9,8 +9,17 @@ ProbeKind = Literal["influence", "leak", "no_harm"]
 
 
 @dataclass(frozen=True)
+class TokenKL:
+    """A token of a forced answer: the text that it adds, and KL(exact || cache) where it is predicted, in nats."""
+
+    text: str
+    kl: float
+    kl_unerased: float
+
+
+@dataclass(frozen=True)
 class ProbeResult:
-    """One probe's figures. KL in nats per answer token; log-probabilities are means per token."""
+    """One probe's figures. KL in nats per answer token, and for each; log-probabilities are means per token."""
 
     question: str
     kind: ProbeKind
@@ -24,6 +33,7 @@ class ProbeResult:
     log_probability_edited: float
     reproduced: bool
     reproduced_exact: bool
+    by_token: tuple[TokenKL, ...] = ()
 
 
 @dataclass(frozen=True)

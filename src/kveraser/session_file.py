@@ -17,7 +17,7 @@ import torch
 from kveraser.backbone import SHIPPED_ERASER, Backbone
 from kveraser.cache import EditableCache
 from kveraser.errors import InputError, SessionFileError
-from kveraser.receipt import Audit, ProbeResult, Receipt
+from kveraser.receipt import Audit, ProbeResult, Receipt, TokenKL
 from kveraser.session import Session
 from kveraser.spans import MessageRange, Transcript
 
@@ -185,7 +185,7 @@ def _transcript(fields: dict[str, Any]) -> Transcript:
 def _receipt(fields: dict[str, Any]) -> Receipt:
     audited = fields.pop("audit")
     if audited is not None:
-        audited = Audit(**audited | {"probes": tuple(ProbeResult(**probe) for probe in audited["probes"])})
+        audited = Audit(**audited | {"probes": tuple(_probe_result(probe) for probe in audited["probes"])})
     return Receipt(
         **fields
         | {
@@ -194,3 +194,9 @@ def _receipt(fields: dict[str, Any]) -> Receipt:
             "audit": audited,
         }
     )
+
+
+def _probe_result(fields: dict[str, Any]) -> ProbeResult:
+    # Files of earlier versions have no figures by token.
+    by_token = tuple(TokenKL(**token) for token in fields.pop("by_token", ()))
+    return ProbeResult(**fields, by_token=by_token)
