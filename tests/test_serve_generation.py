@@ -110,6 +110,16 @@ async def test_a_body_over_the_limit_is_refused_while_it_is_read() -> None:
     assert not service.turns
 
 
+async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    service = FakeService()
+    async with listening(service, Settings(body_seconds=0.01)) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(request_bytes("/v1/completions", {"model": MODEL, "prompt": "a"})[:-5])
+        assert b"408" in await asyncio.wait_for(reader.readline(), 30)
+        writer.close()
+    assert not service.turns
+
+
 @pytest.mark.parametrize(
     "sent",
     [

@@ -28,6 +28,7 @@ from kveraser.options import (
     load_backbone,
     quiet,
 )
+from kveraser.serve.commands import serve
 from kveraser.training.commands import data, train
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ bench = typer.Typer(help="Measure methods on this machine.", no_args_is_help=Tru
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.command()(train)
+app.command()(serve)
 bench.command()(latency)
 bench.command()(quality)
 bench.command()(sharing)

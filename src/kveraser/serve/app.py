@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from kveraser.demo.documents import load_documents
 from kveraser.serve.access import PAGE_PATH, Access, Gate, Keys, Limits
-from kveraser.serve.api import chat, completions, health, models, sessions
+from kveraser.serve.api import chat, completions, health, methods, models, sessions
 from kveraser.serve.api.observed import Observed
 from kveraser.serve.api.refusals import error_response, of_http, of_validation
 from kveraser.serve.metrics import Metrics
@@ -50,6 +51,7 @@ class Settings:
         keys: without any, everyone is the one anonymous owner.
         limits: of every key.
         most_bytes: of a request's body.
+        body_seconds: within which a body has come.
         hosts: names by which the server may be asked; None: any.
         page: folder of the playground; it may be missing.
     """
@@ -57,6 +59,7 @@ class Settings:
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
     most_bytes: int = 16 * 2**20
+    body_seconds: float = 60.0
     hosts: frozenset[str] | None = LOOPBACK
     page: Path = Path(__file__).parent / "page"
 
@@ -103,8 +106,9 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
         telemetry={"logs": False, "auto_configure": False},
         exception_handlers={HTTPException: _refuse_http, RequestValidationError: _refuse_body},
     )
-    app.state.service, app.state.metrics, app.state.most_bytes = service, metrics, settings.most_bytes
-    for module in (chat, completions, models, sessions, health):
+    app.state.service, app.state.metrics = service, metrics
+    app.state.most_bytes, app.state.body_seconds = settings.most_bytes, settings.body_seconds
+    for module in (chat, completions, models, methods, sessions, health):
         app.include_router(module.routes)
     app.include_router(health.open_routes)
 
@@ -114,6 +118,10 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
         if not index.is_file():
             raise HTTPException(404)
         return FileResponse(index, headers=PAGE_HEADERS)
+
+    @app.get(PAGE_PATH + "examples.json", include_in_schema=False)
+    def examples() -> Response:
+        return JSONResponse([asdict(document) for document in load_documents()], headers=PAGE_HEADERS)
 
     app.mount(PAGE_PATH.rstrip("/"), _Page(directory=settings.page, check_dir=False))
     # The last one added is the first one asked.

@@ -85,6 +85,12 @@ class WrongMethod(ServeError):
     status, kind, usual_code = 405, "invalid_request_error", "method_not_allowed"
 
 
+class TooSlow(ServeError):
+    """The request's body did not come in time."""
+
+    status, kind, usual_code = 408, "invalid_request_error", "request_timeout"
+
+
 class UnknownModel(ServeError):
     """The server has no model of this name."""
 

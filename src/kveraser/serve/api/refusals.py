@@ -17,6 +17,7 @@ from kveraser.serve.errors import (
     NotJson,
     ServeError,
     TooLarge,
+    TooSlow,
     WrongMethod,
     as_serve_error,
 )
@@ -51,6 +52,8 @@ def of_http(error: HTTPException, method: str, path: str) -> ServeError:
             return NotFound(f"there is nothing at {path[:SHOWN_VALUE]!r}: see /openapi.json")
         case 405:
             return WrongMethod(f"{path[:SHOWN_VALUE]!r} takes no {method[:SHOWN_VALUE]}: see /openapi.json")
+        case 408:
+            return TooSlow(error.detail)
         case 413:
             return TooLarge(error.detail)
         case 415:
@@ -78,11 +81,10 @@ def _field(one: Mapping[str, Any], body: Any) -> str:
         return ".".join(map(str, path))
     known = []
     for part in path:
-        if isinstance(part, str) and isinstance(body, dict) and part in body:
+        inside = part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int)
+        if inside:
             body = body[part]
-        elif isinstance(part, int) and isinstance(body, list) and part < len(body):
-            body = body[part]
-        elif not (one["type"] == "missing" and part == path[-1]):
+        elif one["type"] != "missing" or part != path[-1]:
             continue
         known.append(str(part)[:SHOWN_VALUE])
     return ".".join(known)

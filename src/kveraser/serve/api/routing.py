@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ ERRORS: dict[int, str] = {
     400: "The request has the wrong form, or asks for what can't be done.",
     401: "There is no valid API key.",
     404: "No such model, session or path; also a session of another key.",
+    408: "The body did not come in time.",
     409: "The session is busy, or can't do this in its present state.",
     410: "The session's last acknowledged state can't be brought back.",
     413: "The body is larger than the server reads.",
@@ -29,7 +31,7 @@ ERRORS: dict[int, str] = {
 }
 """Statuses of error replies; every one has the same body."""
 
-ANSWERING = (400, 401, 404, 413, 415, 429, 500, 507)
+ANSWERING = (400, 401, 404, 408, 413, 415, 429, 500, 507)
 EDITING = (*ANSWERING, 409, 410)
 READING = (400, 401, 429, 500)
 
@@ -55,11 +57,15 @@ class JsonRequest(Request):
             if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
                 raise HTTPException(413, _too_large(most))
             pieces, size = [], 0
-            async for piece in self.stream():
-                size += len(piece)
-                if size > most:
-                    raise HTTPException(413, _too_large(most))
-                pieces.append(piece)
+            try:
+                async with asyncio.timeout(self.app.state.body_seconds):
+                    async for piece in self.stream():
+                        size += len(piece)
+                        if size > most:
+                            raise HTTPException(413, _too_large(most))
+                        pieces.append(piece)
+            except TimeoutError as error:
+                raise HTTPException(408, "the body did not come in time: send it without pauses") from error
             self._body = b"".join(pieces)
             kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if self._body and kind != "application/json" and not kind.endswith("+json"):
