@@ -26,6 +26,7 @@ from kveraser.serve.exchange import (
     Finished,
     Happened,
     MessageView,
+    MethodCard,
     ModelCard,
     SessionView,
     Started,
@@ -73,6 +74,14 @@ class FakeService(Service):
 
     def models(self) -> Sequence[ModelCard]:
         return [ModelCard(MODEL, 1_700_000_000, CONTEXT_LENGTH)]
+
+    async def methods(self) -> Sequence[MethodCard]:
+        self._fail(None)
+        return [
+            MethodCard(
+                "repair", "shift, then more", "window", "here", False, True, {"window": 8, "per_span": 0.0}, True
+            )
+        ]
 
     def token_text(self, token: int) -> str:
         return self.pieces[token] if token < len(self.pieces) else "\ufffd"
@@ -160,7 +169,7 @@ class FakeService(Service):
 
     async def tokens(self, key: str, id: str) -> Sequence[TokenView]:
         self._session(key, id)
-        return [TokenView("The", True, 0), TokenView(" secret", False, None)]
+        return [TokenView("The", True, 0, 0, 3, True), TokenView(" secret", False, None, 3, 10, False)]
 
     async def delete(self, key: str, id: str) -> None:
         self._session(key, id)

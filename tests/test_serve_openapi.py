@@ -53,6 +53,7 @@ ROUTES = [
     "POST /v1/completions",
     "GET /v1/models",
     "GET /v1/models/{model}",
+    "GET /v1/methods",
     "POST /v1/sessions",
     "GET /v1/sessions",
     "GET /v1/sessions/{session}",

@@ -65,7 +65,11 @@ async def test_a_session_lives_from_its_making_to_its_end() -> None:
         assert shown.json()["messages"][0]["text"] == "Where is my parcel?"
         assert (await client.get(path)).json()["messages"][0]["text"] is None
         tokens = (await client.get(f"{path}/tokens")).json()["data"]
-        assert tokens[1] == {"text": " secret", "live": False, "message": None}
+        assert tokens[1] == {
+            "text": " secret", "live": False, "message": None, "start": 3, "end": 10, "content": False,
+        }  # fmt: skip
+        (method,) = (await client.get("/v1/methods")).json()["data"]
+        assert method["name"] == "repair" and method["parameters"] == {"window": 8, "per_span": 0} and method["default"]
 
         gone = await client.delete(path)
         assert gone.json() == {"id": "session_0", "object": "session.deleted", "deleted": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.decode import AnswerText, Decoding, end_tokens
-from kveraser.errors import InputError, SessionError
+from kveraser.errors import EraserError, InputError, RotationError, SessionError
+from kveraser.methods import METHODS, default_method, make_method
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
 from kveraser.serve.batch import can_step_together, step_together
@@ -87,6 +89,16 @@ class TransformersEngine:
         self.name, self.tokenizer, self.max_positions = backbone.name, backbone.tokenizer, backbone.max_positions
         self._together = can_step_together(backbone)
         self._vocabulary: int = backbone.model.get_input_embeddings().num_embeddings
+
+    def methods(self) -> list[str]:
+        """Those that serve this backbone, with the eraser that it has loaded."""
+        own = self.method or str(default_method(self.backbone.eraser))
+        found = [own]
+        for name in METHODS:
+            with suppress(EraserError, RotationError):
+                make_method(name).settled(self.backbone)
+                found.append(name)
+        return list(dict.fromkeys(found))
 
     def hold(self, text: Rendered) -> HeldSession:
         """A new context; nothing is computed.

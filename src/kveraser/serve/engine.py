@@ -133,6 +133,9 @@ class Engine(Protocol):
     tokenizer: Any
     max_positions: int | None
 
+    def methods(self) -> Sequence[str]:
+        """Methods that it can erase by; first the one that it takes where no method is named."""
+
     def hold(self, text: Rendered) -> Held:
         """A new context of `text`, all of it pending."""
 

@@ -115,6 +115,28 @@ class ModelCard:
 
 
 @dataclass(frozen=True)
+class MethodCard:
+    """A method that the engine can erase by.
+
+    Attributes:
+        name: as `erase` takes it.
+        exact: it runs all that follows the span again.
+        removes_text: False where the erased text stays in the cache and is only taken back.
+        parameters: those that are numbers, with their values where none is given; None: the method chooses.
+        default: what erases where no method is named.
+    """
+
+    name: str
+    summary: str
+    cost: str
+    source: str
+    exact: bool
+    removes_text: bool
+    parameters: Mapping[str, float | None]
+    default: bool
+
+
+@dataclass(frozen=True)
 class MessageView:
     """A message of a session: its place, size in characters, text if contents were asked for, whether any is live."""
 
@@ -127,11 +149,21 @@ class MessageView:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token of a session, for display: its own text, whether it is live, and the message it stands in."""
+    """A token of a session, for display.
+
+    Attributes:
+        text: what it adds to the text.
+        message: in which it stands.
+        start, end: its characters, counted as spans count them; below 0 is what a template puts in front.
+        content: it stands in what a message says, or in a text, and not in what the template writes around them.
+    """
 
     text: str
     live: bool
     message: int | None
+    start: int
+    end: int
+    content: bool
 
 
 @dataclass(frozen=True)

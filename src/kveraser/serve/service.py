@@ -28,6 +28,7 @@ from kveraser.serve.exchange import (
     Finished,
     Happened,
     MessageView,
+    MethodCard,
     ModelCard,
     SessionView,
     Started,
@@ -40,6 +41,7 @@ from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.sessions import Sessions
 from kveraser.serve.store import Store
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.serve.views import method_cards
 
 SWEEP_SECONDS = 5.0
 """How often what has expired is let go."""
@@ -94,6 +96,11 @@ class Service:
     def models(self) -> Sequence[ModelCard]:
         """The models that can be asked."""
         return [ModelCard(self.engine.name, self.created, self.engine.max_positions)]
+
+    async def methods(self) -> Sequence[MethodCard]:
+        """The methods that sessions can be erased from by."""
+        with self._serving():
+            return method_cards(await self.scheduler.run(self.engine.methods))
 
     def token_text(self, token: int) -> str:
         """The text of a token alone; part of a character is a replacement character."""
@@ -291,6 +298,6 @@ def _owner(key: str) -> str:
 
 
 __all__ = [
-    "Action", "Caches", "Delta", "Erasing", "Event", "Finished", "Happened", "Limits", "MessageView", "ModelCard",
-    "Sampling", "Service", "SessionView", "Started", "TokenLogprob", "TokenView", "ToolResultEdit", "Turn",
+    "Action", "Caches", "Delta", "Erasing", "Event", "Finished", "Happened", "Limits", "MessageView", "MethodCard",
+    "ModelCard", "Sampling", "Service", "SessionView", "Started", "TokenLogprob", "TokenView", "ToolResultEdit", "Turn",
 ]  # fmt: skip

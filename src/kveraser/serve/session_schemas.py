@@ -234,12 +234,35 @@ class AuditReply(Reply):
     audit: dict[str, Any]
 
 
+class MethodReply(Reply):
+    """A way of erasing that the server has."""
+
+    name: str
+    summary: str
+    cost: str
+    source: str
+    exact: bool = Field(description="All that follows the span is run again.")
+    removes_text: bool = Field(description="false: the erased text stays in the cache, and is only taken back.")
+    parameters: dict[str, float | None] = Field(description="The numbers that it takes; null: it chooses by itself.")
+    default: bool = Field(description="It erases where a request names no method.")
+
+
+class MethodsReply(Reply):
+    """The ways of erasing."""
+
+    object: Literal["list"] = "list"
+    data: list[MethodReply]
+
+
 class SessionToken(Reply):
     """A token of a session."""
 
-    text: str
+    text: str = Field(description="What it adds to the text.")
     live: bool
     message: int | None
+    start: int = Field(description="Its first character, as spans count them; below 0: what the template begins with.")
+    end: int
+    content: bool = Field(description="It stands in what a message or the text says, not in what the template adds.")
 
 
 class TokensReply(Reply):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
 
+from kveraser.methods import make_method
 from kveraser.serve.entries import Entry
-from kveraser.serve.exchange import MessageView, SessionView, TokenView
+from kveraser.serve.exchange import MessageView, MethodCard, SessionView, TokenView
 from kveraser.spans import Transcript
 
 
@@ -41,14 +43,41 @@ def message_views(transcript: Transcript, contents: bool) -> tuple[MessageView, 
     return tuple(views)
 
 
+def method_cards(names: Sequence[str]) -> list[MethodCard]:
+    """What there is to know of the methods named, the first of which is taken where a request names none."""
+    cards: dict[str, MethodCard] = {}
+    # `auto` is a choice among them.
+    for method in (make_method(name) for name in names if name != "auto"):
+        kinds = get_type_hints(type(method))
+        numbers = {
+            name: value
+            for name, value in method.parameters.items()
+            if {int, float} & {kinds[name], *get_args(kinds[name])}
+        }
+        card = MethodCard(
+            name=method.name, summary=method.summary, cost=method.cost, source=method.source,
+            exact=method.is_reference, removes_text=method.removes_text, parameters=numbers,
+            default=not cards and names[0] != "auto",
+        )  # fmt: skip
+        cards.setdefault(method.name, card)
+    return list(cards.values())
+
+
 def token_views(transcript: Transcript) -> list[TokenView]:
     """All tokens, each with the text that it adds."""
-    views, reached = [], 0
+    views, reached, base = [], 0, transcript.body_start
     starts = [message.start for message in transcript.messages]
     for (start, end), live in zip(transcript.offsets, transcript.live, strict=True):
         index = bisect_right(starts, start) - 1
-        inside = index >= 0 and start < transcript.messages[index].end
+        message = transcript.messages[index] if index >= 0 else None
+        if message is not None and start >= message.end:
+            message = None
+        first, last = (base, len(transcript.text)) if not starts else (0, 0)
+        if message is not None:
+            first, last = message.content_start, message.content_end
         # Several tokens may share a character: the first shows it.
-        views.append(TokenView(transcript.text[max(start, reached) : end], live, index if inside else None))
+        shown = transcript.text[max(start, reached) : end]
+        place = None if message is None else index
+        views.append(TokenView(shown, live, place, start - base, end - base, first < end and start < last))
         reached = max(reached, end)
     return views
