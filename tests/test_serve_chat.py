@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
 
-from kveraser.serve.engine import Sampling
+from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.errors import Overloaded, UnknownSession
 from kveraser.serve.exchange import Erasing, Turn
 from kveraser.serve.tool_results import ToolResultEdit
@@ -176,6 +178,21 @@ async def test_logprobs_of_every_token() -> None:
     assert (tokens[-1].top_logprobs[1].token, tokens[-1].top_logprobs[1].bytes) == ("\ufffd", None)
     streamed = [chunk.choices[0].logprobs for chunk in chunks]
     assert [token for one in streamed if one is not None for token in one.content or []] == tokens
+
+
+async def test_numbers_that_json_does_not_have_are_not_sent() -> None:
+    class Certain(FakeService):
+        def _token(self, number: int, sampling: Sampling) -> TokenLogprob:
+            return TokenLogprob(number, 0.0, ((number, 0.0), (9, -math.inf)))
+
+    service = Certain()
+    service.what = replace(service.what, receipts=({**RECEIPT, "audit": {"kl": math.inf}},))
+    body = {"model": MODEL, "messages": ASKED, "logprobs": True, "top_logprobs": 2}
+    async with http(service) as client:
+        for stream in (False, True):
+            reply = await client.post("/v1/chat/completions", json={**body, "stream": stream})
+            assert "-9999.0" in reply.text and '"audit":{"kl":null}' in reply.text
+            assert "Infinity" not in reply.text and "NaN" not in reply.text
 
 
 @pytest.mark.parametrize("pieces", [[f"Let me look.\n{FIND}\n{SEND}"], list(f"Let me look.\n{FIND}\n{SEND}")])

@@ -29,7 +29,7 @@ LONGEST_SECONDS = 120
 """No reply takes so long; what does hangs."""
 
 ALICE, BOB = "alice-0123456789", "bob-0123456789abc"
-SECRET = "the vault opens with 9931"
+SECRET = "quartzite"
 SETTINGS = Settings(keys=Keys([ALICE, BOB]), most_bytes=200_000)
 
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
@@ -225,7 +225,7 @@ async def fake() -> AsyncIterator[Service]:
 def checked(sent: Sent, status: int, text: str, kind: str) -> None:
     """A reply is one of the server's."""
     assert 200 <= status < 500, (sent, status, text)
-    assert SECRET not in text and "9931" not in text, (sent, status, text)
+    assert SECRET not in text, (sent, status, text)
     if status >= 400 and sent.method != "HEAD":
         error = json.loads(text)["error"]
         assert set(error) == {"message", "type", "param", "code"}, (sent, error)
@@ -247,7 +247,7 @@ async def test_mutated_requests_get_replies(served: Any) -> None:
         http(service, SETTINGS, authorization=f"Bearer {BOB}") as other,
     ):
         model = service.models()[0].id
-        bobs = (await other.post("/v1/sessions", json={"text": f"Listen: {SECRET}."})).json()
+        bobs = (await other.post("/v1/sessions", json={"text": f"The vault opens with {SECRET}."})).json()
         kept = await other.get(f"/v1/sessions/{bobs['id']}", params={"contents": "true"})
         statuses: dict[int, int] = {}
         own = ""

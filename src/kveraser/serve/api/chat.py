@@ -14,6 +14,7 @@ from kveraser.serve.api.generation import (
     EventStream,
     Generation,
     as_bytes,
+    finite,
     gone,
     happened_header,
     happening,
@@ -116,7 +117,7 @@ def _applied(body: ChatRequest, what: Happened) -> AppliedEdits | None:
 def _logprobs(tokens: Iterable[TokenLogprob], text_of: TokenText) -> list[TokenLogprobs]:
     def top(token: int, logprob: float) -> TopLogprob:
         text = text_of(token)
-        return TopLogprob(token=text, logprob=logprob, bytes=as_bytes(text))
+        return TopLogprob(token=text, logprob=finite(logprob), bytes=as_bytes(text))
 
     return [
         TokenLogprobs(**top(one.token, one.logprob).model_dump(), top_logprobs=[top(*likely) for likely in one.top])

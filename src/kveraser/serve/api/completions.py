@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
+from itertools import accumulate
 from secrets import token_hex
 from typing import Any
 
@@ -14,6 +15,7 @@ from kveraser.serve.api.generation import (
     ClientGone,
     EventStream,
     Generation,
+    finite,
     gone,
     happened_header,
     happening,
@@ -65,11 +67,13 @@ def _logprobs(
     """Log-probabilities as completions have them; `offset` is where the tokens begin in the answer's text."""
     chosen = list(tokens)
     texts = [text_of(one.token) for one in chosen]
-    offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+    likely = [{text_of(token): finite(logprob) for token, logprob in one.top} for one in chosen]
     return CompletionLogprobs(
         tokens=texts,
-        token_logprobs=[one.logprob for one in chosen],
-        top_logprobs=[{text_of(token): logprob for token, logprob in one.top} for one in chosen] if top else None,
+        token_logprobs=[finite(one.logprob) for one in chosen],
+        top_logprobs=[{text_of(token): finite(logprob) for token, logprob in one.top} for one in chosen]
+        if top
+        else None,
         text_offset=offsets,
     )
 

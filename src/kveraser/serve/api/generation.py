@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -27,6 +28,8 @@ CLIENT_CLOSED = 499
 """Status in logs and metrics of a request whose client went away; nobody receives it."""
 
 HEADER = "X-KVEraser"
+LEAST_LOGPROB = -9999.0
+
 SHOWN_RECEIPTS = 8
 """Receipts in the header; the body has all of them."""
 
@@ -165,7 +168,9 @@ async def _events(chunks: AsyncGenerator[BaseModel | dict[str, Any]]) -> AsyncIt
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
+    # In ASCII: some clients take other characters for ends of lines. JSON has no infinite numbers.
+    finite = to_jsonable_python(body, inf_nan_mode="null")
+    return f"data: {json.dumps(finite, separators=(',', ':'))}\n\n".encode()
 
 
 def internal_error() -> ServeError:
@@ -199,6 +204,11 @@ def usage(started: Started, completion_tokens: int) -> Usage:
         total_tokens=started.prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=started.cached_tokens),
     )
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as OpenAI's API has it: what can't be is merely very unlikely."""
+    return max(logprob, LEAST_LOGPROB)
 
 
 def as_bytes(text: str) -> list[int] | None:

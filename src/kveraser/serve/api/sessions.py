@@ -13,6 +13,7 @@ from kveraser.serve.api.generation import (
     ClientGone,
     EventStream,
     Generation,
+    finite,
     gone,
     happened_header,
     happening,
@@ -153,8 +154,8 @@ def _tokens(tokens: Sequence[TokenLogprob], text_of: Callable[[int], str]) -> li
     return [
         {
             "token": text_of(one.token),
-            "logprob": one.logprob,
-            "top": [{"token": text_of(token), "logprob": logprob} for token, logprob in one.top],
+            "logprob": finite(one.logprob),
+            "top": [{"token": text_of(token), "logprob": finite(logprob)} for token, logprob in one.top],
         }
         for one in tokens
     ]
