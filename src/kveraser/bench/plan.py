@@ -129,7 +129,7 @@ class Profile:
 
 
 PROFILES = {
-    # Three hours on two cores, 40 minutes at 10 cases a cell: the contexts are short, with as much to undo.
+    # 80 minutes on two cores, 40 at 24 cases a cell: the contexts are short, with as much to undo.
     "cpu": Profile(
         (
             ("niah", (384,), ()),
