@@ -71,10 +71,8 @@ def _logprobs(
     return CompletionLogprobs(
         tokens=texts,
         token_logprobs=[finite(one.logprob) for one in chosen],
-        top_logprobs=[{text_of(token): finite(logprob) for token, logprob in one.top} for one in chosen]
-        if top
-        else None,
-        text_offset=offsets,
+        top_logprobs=likely if top else None,
+        text_offset=list(accumulate(map(len, texts), initial=offset))[:-1],
     )
 
 
