@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kveraser.console import say
-from kveraser.errors import InputError
+from kveraser.errors import InputError, RotationError
 from kveraser.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Model, load_backbone
 
 if TYPE_CHECKING:
+    from kveraser.backbone import Backbone
     from kveraser.serve.access import Keys
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20
+USUAL_METHOD = "repair(32)"
 SHUTDOWN_SECONDS = 10
 """How long answers under way may take to end when the server stops."""
 
@@ -30,7 +32,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
     method: Annotated[
-        str | None, typer.Option(help="How spans are erased where a request names no method, such as 'repair(32)'.")
+        str | None,
+        typer.Option(help="How spans are erased where no method is named. Default: the eraser; without one repair(32)."),
     ] = None,
     sessions: Annotated[
         Path | None, typer.Option(help="Folder where sessions live across restarts. Default: they end with the server.")
@@ -81,13 +84,16 @@ def serve(
         from kveraser.serve.scheduler import Scheduler
         from kveraser.serve.service import Limits, Service
 
-        engine = TransformersEngine(load_backbone(model, eraser, device, dtype), method)
+        backbone = load_backbone(model, eraser, device, dtype)
+        method = method or _usual_method(backbone)
+        engine = TransformersEngine(backbone, method)
         # A folder's place on this machine is nobody's business.
         engine.name = name or (Path(engine.name).name if Path(engine.name).is_dir() else engine.name)
         limits = Limits(
             memory_bytes=int(memory * GIBIBYTE),
             disk_bytes=int(disk * GIBIBYTE),
             session_seconds=ttl,
+            longest_session_seconds=max(ttl, Limits.longest_session_seconds),
             undo_steps=undo_steps,
             undo_seconds=undo_seconds,
         )
@@ -117,6 +123,22 @@ def serve(
     if not server.started:
         raise InputError("the server did not start: its log says why")
     say("kveraser: stopped")
+
+
+def _usual_method(backbone: Backbone) -> str | None:
+    """How spans are erased where nobody says: by the loaded eraser, cheaply without one, exactly where keys can't move.
+
+    The library's own choice without an eraser is exact: a whole suffix in one go, while everyone else waits.
+    """
+    from kveraser.methods import make_method
+
+    if backbone.eraser is not None:
+        return None
+    try:
+        make_method(USUAL_METHOD).settled(backbone)
+    except RotationError:
+        return "recompute"
+    return USUAL_METHOD
 
 
 def _check_open(host: str, keys: Keys, without_keys: bool) -> None:
