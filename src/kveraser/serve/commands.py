@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kveraser.backbone import Backbone
     from kveraser.serve.access import Keys
 
+CONTEXTS, CLIENTS, TURNS = "Conversations and sessions", "Clients", "Sharing the model"
+"""Groups of options in the help."""
+
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20
@@ -28,41 +31,80 @@ SHUTDOWN_SECONDS = 10
 def serve(
     model: Model = DEFAULT_MODEL,
     eraser: EraserOption = SHIPPED,
-    name: Annotated[str | None, typer.Option(help="Name that clients ask for. Default: the model's.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
-    method: Annotated[
-        str | None,
-        typer.Option(help="How spans are erased where no method is named. Default: the eraser; without one repair(32)."),
-    ] = None,
-    sessions: Annotated[
-        Path | None, typer.Option(help="Folder where sessions live across restarts. Default: they end with the server.")
-    ] = None,
-    memory: Annotated[float, typer.Option(min=0.001, help="GiB of keys and values in memory.")] = 4.0,
-    disk: Annotated[float, typer.Option(min=0.001, help="GiB of snapshots in the folder.")] = 64.0,
-    ttl: Annotated[float, typer.Option(min=1, help="Seconds that a session is kept unused.")] = 24 * 3600.0,
-    undo_steps: Annotated[int, typer.Option(min=0, help="Operations of a session that can be undone.")] = 16,
-    undo_seconds: Annotated[float, typer.Option(min=0, help="How long; then what they kept is overwritten.")] = 3600.0,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File with API keys, one a line; also KVERASER_API_KEYS, separated by commas.")
-    ] = None,
-    without_keys: Annotated[
-        bool, typer.Option("--without-keys", help="Let everyone in, on an address that others can reach.")
-    ] = False,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Name by which clients may ask the server; several allowed.")
-    ] = None,
-    requests_per_minute: Annotated[float | None, typer.Option(min=0.1, help="Of one key. Default: no limit.")] = None,
-    requests_at_once: Annotated[int, typer.Option(min=1, help="Of one key.")] = 32,
-    max_body: Annotated[float, typer.Option(min=0.001, help="MiB of a request's body.")] = 16.0,
-    streams: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.")] = 32,
-    waiting: Annotated[int, typer.Option(min=1, help="Jobs that may wait; further ones are refused.")] = 64,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prefill between two decode steps of others.")] = 128,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     device: Device = None,
     dtype: Dtype = None,
+    name: Annotated[str | None, typer.Option(help="Name by which clients ask for the model. Default: its own.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How spans are erased where nobody says. Default: by the eraser, else repair(32)."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    sessions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder where sessions live across restarts. Default: they end with the server.",
+            rich_help_panel=CONTEXTS,
+        ),
+    ] = None,
+    memory: Annotated[
+        float, typer.Option(min=0.001, help="GiB of keys and values in memory.", rich_help_panel=CONTEXTS)
+    ] = 4.0,
+    disk: Annotated[
+        float, typer.Option(min=0.001, help="GiB of snapshots in the folder.", rich_help_panel=CONTEXTS)
+    ] = 64.0,
+    ttl: Annotated[
+        float, typer.Option(min=1, help="Seconds that a session is kept unused.", rich_help_panel=CONTEXTS)
+    ] = 24 * 3600.0,
+    undo_steps: Annotated[
+        int, typer.Option(min=0, help="Operations of a session that can be undone.", rich_help_panel=CONTEXTS)
+    ] = 16,
+    undo_seconds: Annotated[
+        float,
+        typer.Option(min=0, help="For how long; then what they kept is overwritten.", rich_help_panel=CONTEXTS),
+    ] = 3600.0,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with API keys, one a line; also KVERASER_API_KEYS, separated by commas.", rich_help_panel=CLIENTS
+        ),
+    ] = None,
+    without_keys: Annotated[
+        bool,
+        typer.Option(
+            "--without-keys", help="Let everyone in, on an address that others can reach.", rich_help_panel=CLIENTS
+        ),
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name by which clients may ask the server; several allowed.", rich_help_panel=CLIENTS),
+    ] = None,
+    requests_per_minute: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Requests of one key in a minute. Default: no limit.", rich_help_panel=CLIENTS),
+    ] = None,
+    requests_at_once: Annotated[
+        int, typer.Option(min=1, help="Requests of one key that are answered at once.", rich_help_panel=CLIENTS)
+    ] = 32,
+    max_body: Annotated[
+        float, typer.Option(min=0.001, help="MiB that a request's body may have.", rich_help_panel=CLIENTS)
+    ] = 16.0,
+    streams: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.", rich_help_panel=TURNS)] = 32,
+    waiting: Annotated[
+        int, typer.Option(min=1, help="Jobs that may wait; further ones are refused.", rich_help_panel=TURNS)
+    ] = 64,
+    chunk: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens of a prefill between two decode steps of other answers.", rich_help_panel=TURNS
+        ),
+    ] = 128,
 ) -> None:
-    """Serve a model: OpenAI-compatible answers from caches whose history can be edited, sessions and a playground."""
+    """Serve a model: OpenAI-compatible answers from caches whose history can be edited, sessions and a playground.
+
+    See docs/serving.md.
+    """
     try:
         import uvicorn
 
