@@ -126,7 +126,10 @@ class Conversations:
             held = entry.held
             assert held is not None
             await self.scheduler.prefill(held)
-            exact = await self.scheduler.run(lambda: held.exact)
+            exact, size = await self.scheduler.run(lambda: (held.exact, held.nbytes))
+            # Before the first context was measured nothing could be reserved.
+            self.store.learn(size, len(wanted))
+            entry.reserved = max(entry.reserved, size - entry.bytes)
             entry.exact_wanted |= erasing.now_then_exact
             what = replace(what, exact=exact, exact_pending=entry.exact_wanted and not exact)
             yield Started(len(wanted), kept, what)

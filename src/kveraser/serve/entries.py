@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,6 +81,19 @@ class Measured:
     digest: str = ""
 
 
+class Guard(asyncio.Lock):
+    """A lock that tells when it is free again."""
+
+    def __init__(self, freed: Callable[[], None]) -> None:
+        super().__init__()
+        self._freed = freed
+
+    def release(self) -> None:
+        """Free it."""
+        super().release()
+        self._freed()
+
+
 @dataclass(eq=False)
 class Entry:
     """A context. Whoever holds `lock` may use it; `streaming` while that is for an answer.
@@ -100,6 +114,7 @@ class Entry:
     created: float
     used: float
     ttl: float
+    lock: Guard
     held: Held | None = None
     revision: int = 0
     turn_open: bool = False
@@ -115,7 +130,6 @@ class Entry:
     changed_at: float | None = None
     streaming: bool = False
     exact_wanted: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def expires(self) -> float:

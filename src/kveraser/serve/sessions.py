@@ -360,11 +360,12 @@ class Sessions:
     @asynccontextmanager
     async def _or_as_before(self, entry: Entry, held: Held, always: bool = False) -> AsyncIterator[None]:
         """Take back what was added to a session, when something goes wrong or `always`."""
-        tokens = entry.measured.tokens
+        steps = entry.measured.undo_steps
 
         def take_back() -> None:
-            if len(held.transcript.tokens) > tokens:
-                self.engine.truncate(held, tokens)
+            # Not by truncating: that would leave the last token run that waited before, and a later erase would differ.
+            if held.undo_steps > steps:
+                self.engine.undo(held, held.undo_steps - steps)
 
         try:
             yield

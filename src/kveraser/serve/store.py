@@ -8,7 +8,6 @@ as well, but end with the process.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -19,13 +18,13 @@ from typing import Literal
 
 from kveraser.errors import KVEraserError
 from kveraser.serve.engine import Engine, Held
-from kveraser.serve.entries import Entry, Kind, Limits, Measured, Undoable, measure
+from kveraser.serve.entries import Entry, Guard, Kind, Limits, Measured, Undoable, measure
 from kveraser.serve.errors import OutOfSpace, Overloaded, ServeError, SessionGone, UnknownSession
 from kveraser.serve.ledger import Acknowledged, Ledger
 from kveraser.serve.scheduler import Scheduler
+from kveraser.serve.shredding import shred
 
 SUFFIX = ".session"
-SHRED_CHUNK = 1 << 20
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
 """How long after its expiry a session that is gone is told from one that never was."""
@@ -52,6 +51,7 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self.gone: dict[str, Acknowledged] = {}
         self.bytes_per_token = 0.0
+        self._freed = asyncio.Event()
         self._behind: asyncio.Task[None] | None = None
         self.ledger: Ledger | None = None
         if folder is not None:
@@ -74,6 +74,7 @@ class Store:
             del present[path.name]
             self.entries[record.id] = Entry(
                 record.id, record.owner, "session", record.created, record.expires - record.ttl, record.ttl,
+                Guard(self._notify),
                 revision=record.revision, turn_open=record.turn_open, saved=record.revision,
                 snapshot_bytes=path.stat().st_size,
                 measured=Measured(
@@ -117,7 +118,7 @@ class Store:
     def enter(self, owner: str, kind: Kind, ttl: float) -> Entry:
         """A new entry without a context."""
         now = self.clock()
-        entry = Entry(f"{kind[:4]}_{secrets.token_hex(12)}", owner, kind, now, now, ttl)
+        entry = Entry(f"{kind[:4]}_{secrets.token_hex(12)}", owner, kind, now, now, ttl, Guard(self._notify))
         self.entries[entry.id] = entry
         return entry
 
@@ -133,8 +134,7 @@ class Store:
         assert held is not None
         entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
         entry.used, entry.reserved = self.clock(), 0
-        if entry.measured.live_tokens:
-            self.bytes_per_token = max(self.bytes_per_token, entry.measured.bytes / entry.measured.live_tokens)
+        self.learn(entry.measured.bytes, entry.measured.live_tokens)
         if not changed:
             return
         entry.revision += 1
@@ -178,11 +178,16 @@ class Store:
         """Bytes of snapshots on disk."""
         return sum(entry.snapshot_bytes for entry in self.entries.values())
 
+    def learn(self, bytes: int, tokens: int) -> None:
+        """What contexts take, from one of so many bytes and tokens."""
+        self.bytes_per_token = max(self.bytes_per_token, bytes / max(1, tokens))
+
     async def reserve(self, entry: Entry, tokens: int, more: int = 0) -> None:
         """Make room for `tokens` more tokens of a context and `more` bytes, by putting away what was used longest ago.
 
         Raises:
-            OutOfSpace: it can't fit, whatever goes. Overloaded: it can when others are done.
+            OutOfSpace: it can't fit, whatever goes.
+            Overloaded: it can when others are done, and none was for a while.
         """
         entry.reserved = int(tokens * self.bytes_per_token) + more
         try:
@@ -191,7 +196,7 @@ class Store:
                 raise OutOfSpace(
                     f"the context needs about {needed} bytes, the server has {self.limits.memory_bytes}: shorten it"
                 )
-            stuck: set[str] = set()
+            stuck, until = set[str](), asyncio.get_running_loop().time() + self.limits.busy_seconds
             while self.bytes_held > self.limits.memory_bytes:
                 idle = [
                     other for other in self.entries.values()
@@ -201,9 +206,8 @@ class Store:
                 if not idle:
                     if stuck:
                         raise OutOfSpace("no context can be put on disk, and memory is full: free disk space")
-                    raise Overloaded(
-                        "all memory for contexts is in use: try again shortly", retry_after=self.limits.busy_seconds
-                    )
+                    await self._wait_for_one(until)
+                    continue
                 oldest = min(idle, key=lambda other: other.used)
                 async with oldest.lock:
                     if oldest.held is not None and not await self.put_away(oldest):
@@ -211,6 +215,20 @@ class Store:
         except BaseException:
             entry.reserved = 0
             raise
+
+    async def _wait_for_one(self, until: float) -> None:
+        """Wait till a context is free. Two that wait for each other are told to come back."""
+        try:
+            async with asyncio.timeout_at(until):
+                await self._freed.wait()
+        except TimeoutError as error:
+            raise Overloaded(
+                "all memory for contexts is in use: try again shortly", retry_after=self.limits.busy_seconds
+            ) from error
+
+    def _notify(self) -> None:
+        self._freed.set()
+        self._freed = asyncio.Event()
 
     async def put_away(self, entry: Entry) -> bool:
         """Move a context to disk, or where that can't be let a conversation go; whether its memory is free.
@@ -361,12 +379,14 @@ class Store:
             entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
 
     async def close(self) -> None:
-        """Write what is not on disk yet."""
+        """Write what is not on disk yet. What still answers is left as its snapshot has it."""
         if self._behind is not None:
             self._behind.cancel()
             with suppress(asyncio.CancelledError):
                 await self._behind
         for entry in list(self.entries.values()):
+            if entry.lock.locked():
+                continue
             async with entry.lock:
                 if entry.kind == "session":
                     await self.save(entry)
@@ -374,20 +394,3 @@ class Store:
                     await self.remove(entry)
         if self.ledger is not None:
             self.ledger.close()
-
-
-def shred(path: Path) -> None:
-    """Overwrite a file and delete it.
-
-    Journaling file systems and flash may keep what was there: encrypt such disks.
-    """
-    with suppress(OSError), open(path, "r+b", buffering=0) as file:
-        left = os.fstat(file.fileno()).st_size
-        while left > 0:
-            left -= file.write(bytes(min(left, SHRED_CHUNK)))
-        os.fsync(file.fileno())
-    with suppress(OSError):
-        path.unlink()
-
-
-__all__ = ["Store", "shred"]
