@@ -14,6 +14,7 @@ from kveraser.bench.commands import variants
 from kveraser.bench.commands_latency import latency
 from kveraser.bench.commands_quality import quality, sharing
 from kveraser.bench.commands_report import report
+from kveraser.bench.commands_serving import serve as bench_serve
 from kveraser.console import RECEIPT_COLUMNS, bar, emit, print_answers, print_document, print_rows, receipt_row, say
 from kveraser.errors import InputError, KVEraserError, MethodError
 from kveraser.options import (
@@ -58,6 +59,7 @@ bench.command()(quality)
 bench.command()(sharing)
 bench.command()(report)
 bench.command("train")(bench_train)
+bench.command("serve")(bench_serve)
 bench.command()(variants)
 
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -55,16 +54,15 @@ class Reference:
 
     def ask(self, id: str, body: dict[str, Any]) -> Said:
         """A greedy answer."""
-        return self.run(self._ask(id, body))
+        return self.run(self._answer(id, body))
 
-    async def _ask(self, id: str, body: dict[str, Any]) -> Said:
+    async def _answer(self, id: str, body: dict[str, Any]) -> Said:
         sampling = Sampling(max_tokens=body["max_tokens"], temperature=0.0, logprobs=LIKELY)
         text, tokens = list[str](), list[Any]()
-        async with aclosing(self.service.ask(KEY, id, body["question"], sampling, body["keep"])) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    text.append(event.text)
-                    tokens += event.tokens
+        async for event in self.service.ask(KEY, id, body["question"], sampling, body["keep"]):
+            if isinstance(event, Delta):
+                text.append(event.text)
+                tokens += event.tokens
         return Said(
             "".join(text),
             tuple(self.service.token_text(token.token) for token in tokens),
