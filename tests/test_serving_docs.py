@@ -36,7 +36,7 @@ from kveraser.serve.logs import configure
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.schemas import ClearToolUses
-from kveraser.serve.service import Service
+from kveraser.serve.service import Limits, Service
 from tests.engines import Scripted
 from tests.serve_fake import listening
 from tests.tiny import tiny_backbone
@@ -494,6 +494,10 @@ def test_options_and_their_defaults() -> None:
     for option, default in listed.items():
         assert default == ("none" if parameters[option] is None else f"{parameters[option]:g}"), option
     page = PAGE.read_text("utf-8")
+    limits = Limits()
+    assert f"at most {limits.most_sessions} sessions and {limits.most_conversations} cached conversations" in page
+    assert limits.conversation_seconds == 3600 and "kept for an hour after its last use" in page
+    assert limits.snapshot_seconds == 10 and "at the latest ten seconds after a change" in page
     shown = set(re.findall(r"`(--[a-z-]+)", page)) - {"--json"}
     for block in (block for blocks in sections().values() for block in blocks if block.language == "console"):
         for line in block.code.splitlines():
