@@ -6,6 +6,7 @@ import asyncio
 import random
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from kveraser.serve.rendering import read_messages
 from kveraser.serve.service import Limits, Service
 from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.session import Session
-from kveraser.spans import Message, Transcript
+from kveraser.spans import Message, Text, Transcript
 from tests.served import (
     GREEDY,
     METHOD,
@@ -780,3 +781,67 @@ def test_a_key_has_so_many_sessions_and_no_more() -> None:
             await service.create("ada", text=TEXT)
 
     run(test())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_many_clients_on_many_sessions_get_what_each_would_alone(seed: int, tmp_path: Path) -> None:
+    """Erases, undos, appends, questions, forks and conversations at once, with less memory than they need."""
+    refused = dict.fromkeys(("undo", "busy"), 0)
+    done: dict[str, int] = {}
+
+    async def client(service: Service, number: int) -> None:
+        draw = random.Random(f"{seed} {number}")
+        key = f"key {number % 3}"
+        mirrors: dict[str, Session] = {}
+        for step in range(14):
+            move = draw.choice(["erase", "undo", "append", "ask", "keep", "fork", "chat"]) if mirrors else "create"
+            id = draw.choice(list(mirrors)) if mirrors else ""
+            mirror = mirrors.get(id)
+            try:
+                if mirror is None:
+                    id = (await service.create(key, text=f"{number} {TEXT}")).id
+                    mirrors[id] = library(text=f"{number} {TEXT}")
+                elif move == "erase":
+                    words = [word for word in ("noon", "Ada", "log", "crew", "Lisbon") if word in mirror.text]
+                    if words:
+                        word = draw.choice(words)
+                        await service.erase(key, id, {"text": word, "occurrence": 1}, "mask")
+                        mirror.erase(Text(word, 1), method="mask")
+                elif move == "undo":
+                    await service.undo(key, id)
+                    mirror.undo()
+                elif move == "append" and mirror.turn_open:
+                    await service.append(key, id, text=f" And {step}.")
+                    mirror.append(f" And {step}.")
+                elif move in ("ask", "keep"):
+                    kept = move == "keep" and len(mirror.transcript.tokens) < 500
+                    events = service.ask(key, id, f"Why {step}?", replace(GREEDY, logprobs=0), keep=kept)
+                    answered = await whole(events)
+                    assert answered.tokens == mirror.ask(f"Why {step}?", keep=kept, max_new_tokens=6).tokens
+                elif move == "fork":
+                    forked = await service.fork(key, id)
+                    mirrors[forked.id] = mirror.fork()
+                elif move == "chat":
+                    talk = [said("system", 5, number), *conversation(3 + 2 * draw.randrange(2))[1:]]
+                    exact = await chat(service, talk, key=key, method="recompute")
+                    assert exact.tokens == uncached(talk)
+                done[move] = done.get(move, 0) + 1
+            except SessionBusy:
+                # On disk nothing is kept to undo with.
+                assert move == "undo"
+                refused["undo"] += 1
+            except Overloaded:
+                refused["busy"] += 1
+        for id, mirror in mirrors.items():
+            assert (await service.view(key, id, contents=True)).text == mirror.text
+
+    async def test() -> None:
+        limits = Limits(memory_bytes=900_000, busy_seconds=60.0)
+        async with serving(tmp_path, limits=limits) as service:
+            await asyncio.gather(*(client(service, number) for number in range(6)))
+            assert service.status()["bytes_held"] <= limits.memory_bytes
+            assert service.status()["bytes_spilled"] > 0 and service.status()["waiting"] == 0
+
+    run(test())
+    assert set(done) == {"erase", "undo", "append", "ask", "keep", "fork", "chat", "create"}
+    assert refused["busy"] == 0
