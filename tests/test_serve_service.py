@@ -586,6 +586,31 @@ def test_answers_of_the_edited_the_unerased_and_the_exact_cache() -> None:
     run(test())
 
 
+def test_while_a_session_answers_it_is_compared_as_it_was_before_the_question() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            made = await service.create("ada", messages=MESSAGES)
+            await service.erase("ada", made.id, {"message": 3}, method="mask")
+            alone = [await asked(service, made.id, caches=caches) for caches in ("unerased", "exact")]
+            shown = await service.tokens("ada", made.id), await seen(service, made.id)
+        async with serving() as service:
+            made = await service.create("ada", messages=MESSAGES)
+            await service.erase("ada", made.id, {"message": 3}, method="mask")
+            stream = service.ask("ada", made.id, "Quite another question?", LONG)
+            assert isinstance(await anext(stream), Started)
+            assert await service.tokens("ada", made.id) == shown[0]
+            assert (await seen(service, made.id)).text == shown[1].text
+            for caches, before in zip(("unerased", "exact"), alone, strict=True):
+                answered = await asked(service, made.id, caches=caches)
+                assert answered.tokens == before.tokens
+                assert answered.started.prompt_tokens == before.started.prompt_tokens
+            with pytest.raises(SessionBusy):
+                await service.undo("ada", made.id)
+            await stream.aclose()  # type: ignore[attr-defined]
+
+    run(test())
+
+
 def test_a_fork_goes_its_own_way() -> None:
     async def test() -> None:
         async with serving() as service:

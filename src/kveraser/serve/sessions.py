@@ -102,13 +102,16 @@ class Sessions:
     async def tokens(self, owner: str, id: str) -> Sequence[TokenView]:
         """All its tokens."""
 
-        async def read(_: Entry, held: Held) -> Sequence[TokenView]:
-            return await self.scheduler.run(lambda: token_views(held.transcript))
+        async def read(entry: Entry, held: Held) -> Sequence[TokenView]:
+            return await self.scheduler.run(lambda: token_views(held.transcript)[: entry.measured.tokens])
 
         return await self._read(owner, id, read)
 
     async def _read(self, owner: str, id: str, read: Callable[[Entry, Held], Awaitable[T]]) -> T:
-        """Read a session between the engine's turns, while it is answering too."""
+        """Read a session between the engine's turns, while it is answering too.
+
+        Then the question stands in its transcript already: only the tokens that were measured are the session's.
+        """
         entry = self.store.session(owner, id)
         if entry.held is not None and entry.streaming:
             return await read(entry, entry.held)
@@ -122,7 +125,7 @@ class Sessions:
             return summary(
                 entry,
                 messages=message_views(transcript, contents),
-                text=transcript.live_text(0, len(transcript.tokens)) if contents else None,
+                text=transcript.live_text(0, entry.measured.tokens) if contents else None,
                 receipts=tuple(receipt.to_json() for receipt in held.receipts),
             )
 
@@ -272,14 +275,15 @@ class Sessions:
         added = added_text(self.tokenizer, chat.question_text(self.tokenizer, question, entry.turn_open))
 
         def read() -> Reading:
-            transcript = held.transcript
-            base, tokens = len(transcript.text), len(transcript.tokens)
+            transcript, tokens = held.transcript, entry.measured.tokens
+            offsets = transcript.offsets[:tokens]
+            base = max(end for _, end in offsets)
             stays = [place for place in range(tokens) if caches == "unerased" or transcript.live[place]]
             return Reading(
                 self.tokenizer,
-                transcript.text + added.text,
-                [*transcript.tokens, *added.tokens],
-                [*transcript.offsets, *((base + start, base + end) for start, end in added.offsets)],
+                transcript.text[:base] + added.text,
+                [*transcript.tokens[:tokens], *added.tokens],
+                [*offsets, *((base + start, base + end) for start, end in added.offsets)],
                 [*stays, *range(tokens, tokens + len(added.tokens))],
             )
 
