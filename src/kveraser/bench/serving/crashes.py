@@ -202,7 +202,7 @@ def _look(
             for session in list(worker.sessions):
                 sessions += 1
                 reached = len(session.done)
-                state, reason = _state(client, session, alone, reference, answer)
+                state, reason = came_back(client, session, alone, reference, answer)
                 counts[state] += 1
                 ahead += len(session.done) > reached
                 if state == "wrong":
@@ -219,7 +219,7 @@ def _look(
     return row, wrong
 
 
-def _state(
+def came_back(
     client: Any, session: Followed, alone: dict[str, Alone], reference: Reference, answer: int
 ) -> tuple[State, str]:
     """Whether a session is what it was, and if it is wrong why. One that is back is brought up to date."""

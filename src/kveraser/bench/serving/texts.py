@@ -64,11 +64,16 @@ def agent_conversation(tokenizer: Any, seed: str, tokens: int, result: int, turn
         {"role": "tool", "tool_call_id": CALL, "content": tokenizer.decode(page)},
         {"role": "assistant", "content": "I have read the page. Tell me what else came in."},
     ]
-    held = sum(len(tokenizer.encode(message["content"], add_special_tokens=False)) for message in messages)
+
+    def size(added: list[dict[str, Any]]) -> int:
+        return sum(len(tokenizer.encode(message["content"], add_special_tokens=False)) for message in added)
+
+    held = size(messages)
     while held < tokens:
-        text = said(random, tokenizer, turn)
-        held += len(tokenizer.encode(text, add_special_tokens=False))
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "Noted. Go on."}]
+        told = {"role": "user", "content": said(random, tokenizer, turn)}
+        added = [told, {"role": "assistant", "content": "Noted. Go on."}]
+        held += size(added)
+        messages += added
     return [*messages, {"role": "user", "content": ASKED}]
 
 
