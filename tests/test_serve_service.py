@@ -611,6 +611,22 @@ def test_while_a_session_answers_it_is_compared_as_it_was_before_the_question() 
     run(test())
 
 
+def test_a_question_that_is_not_kept_changes_nothing_that_comes_after() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            plain, questioned = [(await service.create("ada", messages=MESSAGES)).id for _ in range(2)]
+            await asked(service, questioned)
+            answers = []
+            for id in (plain, questioned):
+                # What follows the span keeps its states here: it must not matter which of them a question has run.
+                await service.erase("ada", id, {"message": 3}, method="shift")
+                events = [event async for event in service.ask("ada", id, "Where?", replace(GREEDY, logprobs=0))]
+                answers.append([token for event in events if isinstance(event, Delta) for token in event.tokens])
+            assert answers[0] == answers[1] != []
+
+    run(test())
+
+
 def test_a_fork_goes_its_own_way() -> None:
     async def test() -> None:
         async with serving() as service:
