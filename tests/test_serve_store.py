@@ -160,7 +160,7 @@ def test_a_request_waits_a_moment_for_memory() -> None:
             stream = service.generate("ada", Turn(messages=tuple(conversation(5)), sampling=GREEDY))
             await anext(stream)
             waiting = asyncio.create_task(chat(service, [said("system", 9, 7), *conversation(5)[1:]]))
-            while not any(entry.reserved and entry.held is None for entry in service.store.entries.values()):
+            while not any(entry.held is None for entry in service.store.entries.values()):
                 await asyncio.sleep(0.001)
             assert not waiting.done()
             await stream.aclose()  # type: ignore[attr-defined]

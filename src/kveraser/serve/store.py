@@ -134,7 +134,9 @@ class Store:
         assert held is not None
         entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
         entry.used, entry.reserved = self.clock(), 0
-        self.learn(entry.measured.bytes, entry.measured.live_tokens)
+        if entry.measured.live_tokens == entry.measured.tokens:
+            # Where something was erased, the bytes are more than those of live tokens: what undo keeps counts too.
+            self.learn(entry.measured.bytes, entry.measured.live_tokens)
         if not changed:
             return
         entry.revision += 1
@@ -189,15 +191,16 @@ class Store:
             OutOfSpace: it can't fit, whatever goes.
             Overloaded: it can when others are done, and none was for a while.
         """
-        entry.reserved = int(tokens * self.bytes_per_token) + more
+        wanted = int(tokens * self.bytes_per_token) + more
         try:
-            needed = entry.bytes + entry.reserved
+            needed = entry.bytes + wanted
             if needed > self.limits.memory_bytes:
                 raise OutOfSpace(
                     f"the context needs about {needed} bytes, the server has {self.limits.memory_bytes}: shorten it"
                 )
             stuck, until = set[str](), asyncio.get_running_loop().time() + self.limits.busy_seconds
-            while self.bytes_held > self.limits.memory_bytes:
+            # It counts once it is granted: what others see is never more than the budget.
+            while self.bytes_held - entry.reserved + wanted > self.limits.memory_bytes:
                 idle = [
                     other for other in self.entries.values()
                     if other is not entry and other.held is not None and other.id not in stuck
@@ -212,6 +215,7 @@ class Store:
                 async with oldest.lock:
                     if oldest.held is not None and not await self.put_away(oldest):
                         stuck.add(oldest.id)
+            entry.reserved = wanted
         except BaseException:
             entry.reserved = 0
             raise

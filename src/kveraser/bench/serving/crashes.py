@@ -105,7 +105,8 @@ def measure(
     report = progress or (lambda _: None)
     random = Random(f"{settings.seed}/moments")
     rows, wrong, faults = list[CrashRow](), list[str](), list[str]()
-    shares = [len(range(client, settings.sessions, settings.clients)) for client in range(settings.clients)]
+    clients = range(min(settings.clients, settings.sessions))
+    shares = [len(range(client, settings.sessions, settings.clients)) for client in clients]
     alone: dict[str, Alone] = {}
     kept: list[list[Followed]] = [[] for _ in shares]
     running = Server(server, folder)

@@ -99,13 +99,13 @@ def measure(
     from httpx2 import TransportError
 
     report = progress or (lambda _: None)
-    shares = [len(range(client, settings.sessions, settings.clients)) for client in range(settings.clients)]
+    clients = range(min(settings.clients, settings.sessions))
+    shares = [len(range(client, settings.sessions, settings.clients)) for client in clients]
     workers = []
     for number, share in enumerate(shares):
-        if share:
-            # Tokenizers are not to be shared between threads.
-            tokenizer, random = copy.deepcopy(backbone.tokenizer), Random(f"{settings.seed}/{number}")
-            workers.append(Worker(server.http(), tokenizer, random, settings.load, share))
+        # Tokenizers are not to be shared between threads.
+        tokenizer, random = copy.deepcopy(backbone.tokenizer), Random(f"{settings.seed}/{number}")
+        workers.append(Worker(server.http(), tokenizer, random, settings.load, share))
     errors, started, over = list[str](), list[float](), Event()
     ready = Barrier(len(workers), lambda: started.append(time.perf_counter()))
 
