@@ -39,7 +39,8 @@ class CrashSettings:
     Attributes:
         times: how often it is killed.
         sessions, clients: in all, as in the soak; what does not come back is made anew.
-        moment: shortest and longest time in seconds from the beginning of the load to the kill.
+        moment: shortest and longest time in seconds from the beginning of the load, when all sessions are there, to the
+            kill. The server writes a session when it has time, and at the latest 10 seconds after a change.
         pause: mean seconds between a client's requests; in them the server finds time to write.
         seed: of what the clients do, and of the moments.
     """
@@ -47,8 +48,8 @@ class CrashSettings:
     times: int = 20
     sessions: int = 12
     clients: int = 4
-    moment: tuple[float, float] = (0.5, 8.0)
-    pause: float = 0.2
+    moment: tuple[float, float] = (0.5, 20.0)
+    pause: float = 0.5
     seed: int = 0
     load: LoadSettings = field(default_factory=LoadSettings)
 
@@ -156,10 +157,12 @@ def _load_and_kill(server: Server, workers: Sequence[Worker], moment: float, pau
 
     killed, faults = Event(), list[str]()
 
+    def fill(worker: Worker) -> None:
+        while len(worker.sessions) < worker.most_sessions:
+            worker.create()
+
     def work(worker: Worker) -> None:
         try:
-            while len(worker.sessions) < worker.most_sessions:
-                worker.create()
             while not killed.wait(worker.random.expovariate(1 / pause)):
                 worker.step()
         except TransportError as error:
@@ -169,6 +172,7 @@ def _load_and_kill(server: Server, workers: Sequence[Worker], moment: float, pau
             faults.append(str(fault))
 
     with ThreadPoolExecutor(len(workers)) as threads:
+        list(threads.map(fill, workers))
         working = [threads.submit(work, worker) for worker in workers]
         killed.wait(moment)
         # Set first: a connection that breaks is expected from now on.
