@@ -17,6 +17,7 @@ let stopping = null;
 async function ask(question) {
   showError("ask-error", null);
   for (const id of ["times", "distance"]) element(id).replaceChildren();
+  element("answers-stale").hidden = true;
   const comparing = edited();
   const asked = comparing ? ORDER : ["edited"];
   const answers = Object.fromEntries(CACHES.map(([name]) => [name, answer(name, comparing, asked.includes(name))]));
@@ -137,8 +138,9 @@ onOpen(() => {
   for (const id of ["answers", "times", "distance"]) element(id).replaceChildren();
   element("question").value = "";
 });
-onChange(() => {
+onChange((contents) => {
   if (!session.view) return;
+  if (contents) element("answers-stale").hidden = !element("answers").firstChild;
   element("ask-button").disabled = session.doing !== null;
   element("stop").disabled = session.doing !== "answering";
   for (const button of document.querySelectorAll("#suggestions button")) button.disabled = session.doing !== null;

@@ -20,6 +20,7 @@ async function audit() {
       const told = (await request("POST", path("/audit"), body)).audit;
       await refresh();
       element("audited").replaceChildren(...shown(told));
+      element("audited-stale").hidden = true;
       announce(`Audited: ${verdict(told)}`);
     });
   } catch (error) {
@@ -75,8 +76,9 @@ element("audit-form").addEventListener("submit", (event) => {
 });
 
 onOpen(() => element("audited").replaceChildren());
-onChange(() => {
+onChange((contents) => {
   if (!session.view) return;
+  if (contents) element("audited-stale").hidden = !element("audited").firstChild;
   element("audit-button").disabled = session.doing !== null || !edited();
   element("audit-button").title = edited() ? "" : "Erase something first";
 });

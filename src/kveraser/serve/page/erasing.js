@@ -48,7 +48,9 @@ function suggest() {
   } else {
     selectMessage(what.message ?? messages.findIndex((message) => message.role === "tool" && message.tool_call_id === what.tool_call_id));
   }
-  document.querySelector("#transcript [aria-selected=true]")?.scrollIntoView({ block: "center" });
+  // What the template writes around a message is selected too, and may be hidden.
+  [...document.querySelectorAll("#transcript [aria-selected=true]")].find((node) => node.checkVisibility())
+    ?.scrollIntoView({ block: "center" });
 }
 
 function showSelected() {

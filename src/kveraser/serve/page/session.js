@@ -23,22 +23,31 @@ export const path = (rest = "") => `/v1/sessions/${encodeURIComponent(session.vi
 
 export const edited = () => session.view !== null && session.view.receipts.length > 0;
 
+// A session that is busy for someone else is not tried again at once.
+const BUSY_MILLISECONDS = 1500;
+
 // Runs `work` while everything that can't be done meanwhile is disabled.
 export async function during(doing, work) {
   const focused = document.activeElement;
+  let busy = false;
+  const end = () => {
+    session.doing = null;
+    tell(false);
+    // A disabled control loses the focus.
+    if (document.activeElement === document.body && focused?.isConnected && !focused.disabled) focused.focus();
+  };
   session.doing = doing;
   tell(false);
   try {
     return await work();
   } catch (error) {
     // Busy, or changed from elsewhere: what can be done is read anew.
-    if (error.status === 409 && session.view) await refresh().catch(() => {});
+    busy = error.status === 409 && session.view !== null;
+    if (busy) await refresh().catch(() => {});
     throw error;
   } finally {
-    session.doing = null;
-    tell(false);
-    // A disabled control loses the focus.
-    if (document.activeElement === document.body && focused?.isConnected && !focused.disabled) focused.focus();
+    if (busy) setTimeout(end, BUSY_MILLISECONDS);
+    else end();
   }
 }
 
