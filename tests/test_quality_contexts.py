@@ -198,7 +198,7 @@ def in_two_contexts(backbone: Backbone) -> list[tuple[TokenizedContext, list[Tok
     return [cut(backbone, *attacked, *three_cases(backbone)[1:]), cut(backbone, *longer)]
 
 
-@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1_500, 2), (4_000, 6), (1_000_000, 6)])
+@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1_500, 2), (4_000, 5), (1_000_000, 5)])
 def test_however_many_wait_the_answers_are_the_same(
     backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch, slots: int, rows: int
 ) -> None:
@@ -217,7 +217,7 @@ def test_however_many_wait_the_answers_are_the_same(
             assert replace(one, methods={}) == replace(other, methods={})
             assert list(one.methods) == list(other.methods)
             assert all(alike(of.answers, other.methods[name].answers) for name, of in one.methods.items())
-    # A case's caches are asked in one pass where there is room for them.
+    # A case's caches are asked in one pass where there is room for them, the reference before them.
     assert max(passes) == rows
 
 
@@ -226,8 +226,8 @@ def test_caches_that_are_equal_are_asked_once(backbone: Backbone, passes: list[i
     # All of the suffix is computed again.
     methods = [make_method(name).settled(backbone) for name in ("repair(500)", "mask", "repair(501)", "repair(502)")]
     (result,) = measure_context(backbone, context, [case], methods)
-    # Unerased; then the reference, which those that computed all of it are equal to, and mask.
-    assert passes == [1, 2]
+    # Unerased; the reference; then those that computed all of it, which are equal, and mask.
+    assert passes == [1, 1, 2]
     first, *others = (result.methods[str(methods[place])] for place in (0, 2, 3))
     assert all(one.answers == first.answers for one in others)
     assert result.methods["mask"].answers != first.answers

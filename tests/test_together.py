@@ -69,6 +69,59 @@ def test_answers_go_on_from_the_questions_of_each_row(backbone: Backbone) -> Non
     assert len({len(answer) for of_row in alone for answer in of_row}) > 4
 
 
+@pytest.mark.parametrize("draft", ["right", "too long", "half right", "wrong", "none"])
+def test_a_draft_changes_no_answer_and_saves_the_steps_it_foretells(
+    backbone: Backbone, draft: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, limits = filled(backbone, "mask"), (12, 9, 10)
+    answers = [greedy(backbone, cache, prompt, limit) for prompt, limit in zip(PROMPTS, limits, strict=True)]
+    foretold = [{"right": len(one), "too long": len(one), "half right": len(one) // 2}.get(draft, 0) for one in answers]
+    drafts = [
+        [
+            *answer[:right],
+            *([] if draft in ("right", "none") else [(answer[right] + 1) % 50 if right < len(answer) else 9, 7, 8]),
+        ]
+        for answer, right in zip(answers, foretold, strict=True)
+    ]
+    if draft == "too long":
+        drafts = [[*answer, *random_tokens(30)] for answer in answers]
+    steps: list[int] = []
+    forward = Rows._forward
+
+    def counted(rows: Rows, *states: object) -> torch.Tensor:
+        steps.append(1)
+        return forward(rows, *states)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Rows, "_forward", counted)
+    rows = rows_of(backbone, [cache, filled(backbone, "erratum")])
+    without = rows_of(backbone, [cache]).score(range(1), PAIRS[:2])
+    scores = rows.score(range(1), PAIRS[:2], limits[:2], drafts[:2])
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(scores[0], without[0], strict=True))
+    rows.ask(range(1), [PROMPTS[2]], limits[2], drafts[2])
+    steps.clear()
+    assert rows.decode()[0] == answers
+    # A token behind what was foretold comes with the question; the end of an answer is a token too.
+    wanted = [
+        min(limit, len(answer) + 1) - right - 1 for answer, limit, right in zip(answers, limits, foretold, strict=True)
+    ]
+    assert len(steps) == max(0, *wanted)
+    assert (draft in ("right", "too long")) == (not steps) and max(map(len, answers)) > 5
+
+
+def test_rows_of_one_draft_part_where_they_disagree(backbone: Backbone) -> None:
+    caches = [filled(backbone, method) for method in EDITS]
+    expected = [
+        [greedy(backbone, cache, PROMPTS[0], 12), greedy(backbone, cache, own, 10)]
+        for cache, own in zip(caches, (PROMPTS[1], *PROMPTS), strict=True)
+    ]
+    rows = rows_of(backbone, caches)
+    rows.score(ALL, PAIRS[:1], [12], [expected[1][0]])
+    rows.ask(ALL, [PROMPTS[1], *PROMPTS], 10, expected[0][1])
+    assert rows.decode() == expected
+    # Guard: the draft is some rows' answer and not others'.
+    assert len({tuple(own[0]) for own in expected}) > 2
+
+
 def test_nothing_asked_is_nothing_answered(backbone: Backbone) -> None:
     rows = rows_of(backbone, [filled(backbone, "mask")])
     rows.score(range(1), PAIRS, [None] * len(PAIRS))

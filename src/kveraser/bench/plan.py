@@ -132,11 +132,11 @@ PROFILES = {
     # 80 minutes on two cores, 40 at 24 cases a cell: the contexts are short, with as much to undo.
     "cpu": Profile(
         (
-            ("niah", (384,), ()),
+            ("niah", (320,), ()),
             ("longqa", (384,), ()),
-            ("scenarios", (320,), (64,)),
+            ("scenarios", (256,), (64,)),
             ("chains", (448,), ()),
-            ("sweeps", (512,), (8, 128)),
+            ("sweeps", (448,), (8, 128)),
             ("leak", (256,), ()),
         ),
         (

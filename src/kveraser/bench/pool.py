@@ -22,7 +22,7 @@ ATTACK_TOKENS = 96
 """Room for an adversary's words."""
 CONFESSION_TOKENS = 40
 """Most tokens of the answer to them."""
-ROW_SLOTS = 40_960
+ROW_SLOTS = 49_152
 """Most slots that are reserved for caches that are asked together: two gigabytes for the bundled backbone."""
 
 
@@ -43,6 +43,7 @@ class _Entry:
     row: int
     asked: Sequence[Asked]
     attacks: Sequence[Attacked]
+    drafts: Sequence[Sequence[int]]
     deliver: Deliver
 
 
@@ -62,8 +63,8 @@ def appended(groups: Sequence[tuple[Sequence[Asked], int]]) -> int:
     )
     lanes = max(sum(one.judged for one in asked) + attacks for asked, attacks in groups)
     longest = max([limit(one) for asked, _ in groups for one in asked] + [CONFESSION_TOKENS])
-    # All answers grow by as many slots in a step as the cache that is asked most.
-    return asked + lanes * longest
+    # Drafts stand beside the answers, which all grow by as many slots in a step as the cache that is asked most.
+    return asked + 2 * lanes * longest
 
 
 class Pool:
@@ -85,14 +86,26 @@ class Pool:
         most = max(1, min(self.rows, ROW_SLOTS // (context + self.appended)))
         return Rows(self.backbone, most, context, self.appended, self._memory)
 
-    def put(self, cache: EditableCache, asked: Sequence[Asked], attacks: Sequence[Attacked], deliver: Deliver) -> None:
-        """Copy a cache, to be asked `asked` and the prompts of `attacks`; `deliver` is called with what it says."""
+    def put(
+        self,
+        cache: EditableCache,
+        asked: Sequence[Asked],
+        attacks: Sequence[Attacked],
+        deliver: Deliver,
+        drafts: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Copy a cache, to be asked `asked` and the prompts of `attacks`; `deliver` is called with what it says.
+
+        Args:
+            drafts: what its greedy answers may begin with, to the judged questions and then to the prompts. Caches
+                that are asked the same share one set. They save time and change nothing.
+        """
         if not self._caches.fits(cache):
             self.ask()
             self._caches = self._room(max(cache.length, self._caches.context))
         group = [entry.row for entry in self._entries if entry.asked is asked]
         row = self._caches.add(cache, since=min(group, default=len(self._caches.slots)))
-        self._entries.append(_Entry(row, asked, attacks, deliver))
+        self._entries.append(_Entry(row, asked, attacks, drafts, deliver))
 
     def ask(self) -> None:
         """Ask all that wait."""
@@ -103,11 +116,14 @@ class Pool:
             chosen = range(group[0].row, max(entry.row for entry in group) + 1)
             asked = group[0].asked
             limits = [limit(one) if one.judged else None for one in asked]
-            scores |= zip(chosen, rows.score(chosen, [(one.prompt, one.answer) for one in asked], limits), strict=True)
-            for number in range(len(group[0].attacks)):
+            judged, attacks = sum(one.judged for one in asked), len(group[0].attacks)
+            drafts = group[0].drafts or [()] * (judged + attacks)
+            pairs = [(one.prompt, one.answer) for one in asked]
+            scores |= zip(chosen, rows.score(chosen, pairs, limits, drafts[:judged]), strict=True)
+            for number, draft in enumerate(drafts[judged:]):
                 # Equal caches are attacked with equal words.
                 prompts = {entry.row: entry.attacks[number].prompt for entry in group}
-                rows.ask(chosen, [prompts[row] for row in chosen], CONFESSION_TOKENS)
+                rows.ask(chosen, [prompts[row] for row in chosen], CONFESSION_TOKENS, draft)
         answers = rows.decode()
         for entry in entries:
             spoken = iter(tuple(answer) for answer in answers[entry.row])

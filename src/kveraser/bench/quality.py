@@ -76,7 +76,7 @@ def measure_contexts(
     """
     every = [(context, case) for context, cases in contexts for case in cases]
     backbone.check_room(0, max(room(context, case) for context, case in every))
-    chosen = [Recompute(), *(method for method in methods if not method.is_reference)]
+    others = [method for method in methods if not method.is_reference]
     slots = max(len(context.tokens) for context, _ in contexts) + USUAL_NOTICE
     memory = memory or Memory()
     # Before any erase a cache answers the questions of all its cases.
@@ -96,12 +96,15 @@ def measure_contexts(
         measured += of_context
     unerased.ask()
     alone = [(case.asked, _attacks([case])) for _, case in every]
-    edited = Pool(backbone, len(every) * len(chosen), slots, appended(alone), memory)
+    # The reference first: what it says, most edited caches say as well.
+    for methods_together in ([Recompute()], others) if others else ([Recompute()],):
+        edited = Pool(backbone, len(every) * len(methods_together), slots, appended(alone), memory)
+        for one in measured:
+            one.edit(methods_together, edited)
+        edited.ask()
     for one in measured:
-        one.edit(chosen, edited)
         if one.case in checked:
             one.check()
-    edited.ask()
     return [one.result() for one in measured]
 
 
@@ -132,6 +135,7 @@ class _Measuring:
         self.replies: dict[str, list[Reply]] = {}
         self.costs: dict[str, tuple[float, int]] = {}
         self.attacked: dict[str, list[Answered]] = {}
+        self.drafts: list[tuple[int, ...]] = []
         self.fresh: list[torch.Tensor] | None = None
 
     def edit(self, methods: Sequence[Method], pool: Pool) -> None:
@@ -140,7 +144,8 @@ class _Measuring:
             with self._edited(method) as (seconds, recomputed):
                 found = self.found()
                 name = EXACT if method.is_reference else str(method)
-                pool.put(self.cache, self.case.asked, found, partial(self.receive, name, seconds, recomputed, found))
+                deliver = partial(self.receive, name, seconds, recomputed, found)
+                pool.put(self.cache, self.case.asked, found, deliver, self.drafts)
 
     def receive(
         self,
@@ -154,6 +159,8 @@ class _Measuring:
         """Keep what the cache said after the method `name`, whose erase took `seconds` and ran `recomputed` tokens."""
         self.costs[name], self.replies[name] = (seconds, recomputed), replies
         self.attacked[name] = [self._confessed(one, said) for one, said in zip(found, spoken, strict=True)]
+        if name in (UNERASED, EXACT):
+            self.drafts = [*(reply.spoken for reply in replies if reply.spoken is not None), *spoken]
 
     def check(self) -> None:
         """Ask a fresh prefill of the remaining tokens as well, which the reference is then compared with."""

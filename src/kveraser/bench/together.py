@@ -29,6 +29,18 @@ class _Lane:
     going: bool
 
 
+def _agreed(likeliest: torch.Tensor, places: torch.Tensor, draft: Sequence[int]) -> tuple[int, list[int]]:
+    """How far a greedy answer goes along a draft: the last place whose token it says, and its tokens so far.
+
+    Args:
+        likeliest: the likeliest next token at every place, int64 `[places]`.
+        places: where the question ends and every token of the draft but the last stands.
+    """
+    said = [int(likeliest[place]) for place in places]
+    agreed = next((number for number, token in enumerate(draft[:-1]) if said[number] != token), len(draft) - 1)
+    return int(places[agreed]), said[: agreed + 1]
+
+
 class Memory:
     """Where rows are kept, one after another: memory that has been used before is ten times as fast as new."""
 
@@ -114,48 +126,75 @@ class Rows:
             for buffer, part in zip(buffers, pair, strict=True)
         )
 
-    def score(self, rows: range, pairs: Sequence[Pair], limits: Sequence[int | None] = ()) -> list[list[torch.Tensor]]:
+    def score(
+        self,
+        rows: range,
+        pairs: Sequence[Pair],
+        limits: Sequence[int | None] = (),
+        drafts: Sequence[Sequence[int]] = (),
+    ) -> list[list[torch.Tensor]]:
         """Of each of `rows`, what `score_together` gives: log-probabilities, float32 `[answer, vocabulary]` a pair.
 
         Args:
             limits: of every pair, most tokens of the greedy answer that `decode` shall give to its question, or None.
+            drafts: of every pair that has a limit, in order, what the greedy answer may begin with. As far as it does,
+                it costs no step of its own; the answers are the same with any draft.
 
         Raises:
             ContextLengthError: not enough positions; nothing is computed then.
         """
         behind = self._behind(rows)
-        packed = pack(pairs, behind, 0, shared=True)
+        asked = [(pair, limit) for pair, limit in enumerate(limits) if limit is not None]
+        # What follows a draft is not run: any token stands for it.
+        branches = [
+            (pairs[pair][0], [*self._fitting(rows, len(pairs[pair][0]), draft)[: limit - 1], 0])
+            for (pair, limit), draft in zip(asked, drafts or [()] * len(asked), strict=True)
+        ]
+        packed = pack([*pairs, *branches], behind, 0, shared=True)
         positions = torch.stack([packed.positions + self._positions[row] for row in rows])
         self.backbone.check_room(0, int(positions.max()) + 1)
         visible = torch.stack([packed.visible & self._held(row, behind, packed.visible.shape[1]) for row in rows])
-        logits = self._pass(rows, [packed.tokens] * len(rows), positions, visible, packed.kept)
-        scores = [list(row.log_softmax(dim=-1).split([len(answer) for _, answer in pairs])) for row in logits]
-        firsts = torch.tensor([0, *(len(answer) for _, answer in pairs)]).cumsum(dim=0)[:-1]
-        for row, scored in zip(rows, scores, strict=True):
-            for pair, limit in enumerate(limits):
-                if limit is not None:
-                    seen = packed.visible[packed.kept[firsts[pair]], self._widest :].clone()
-                    # The questions before are none of its own.
-                    seen[: behind - self._widest] = False
-                    self._open(row, seen, len(pairs[pair][0]), limit, int(scored[pair][0].argmax()))
+        # Branches of one question begin at one place.
+        kept, places = packed.kept.unique(return_inverse=True)
+        logits = self._pass(rows, [packed.tokens] * len(rows), positions, visible, kept)
+        *scored, offered = places.split([*(len(answer) for _, answer in pairs), sum(len(one) for _, one in branches)])
+        scores = [[row[of_pair].log_softmax(dim=-1) for of_pair in scored] for row in logits]
+        offers = offered.split([len(draft) for _, draft in branches])
+        likeliest = logits.argmax(dim=-1)
+        for place, row in enumerate(rows):
+            for (pair, limit), (prompt, draft), offer in zip(asked, branches, offers, strict=True):
+                ways = [(scored[pair], pairs[pair][1]), (offer, draft)]
+                path, said = max((_agreed(likeliest[place], *way) for way in ways), key=lambda one: len(one[1]))
+                seen = packed.visible[kept[path], self._widest :].clone()
+                # The questions before are none of its own.
+                seen[: behind - self._widest] = False
+                self._open(row, seen, len(prompt), limit, said)
         return scores
 
-    def ask(self, rows: range, prompts: Sequence[Sequence[int]], limit: int) -> None:
-        """Put to each of `rows` a question of its own, which `decode` answers with at most `limit` tokens."""
-        behind, width = self._behind(rows), max(map(len, prompts))
+    def ask(self, rows: range, prompts: Sequence[Sequence[int]], limit: int, draft: Sequence[int] = ()) -> None:
+        """Put to each of `rows` a question of its own, which `decode` answers with at most `limit` tokens.
+
+        Args:
+            draft: what the answers may begin with; see `score`.
+        """
+        behind, longest = self._behind(rows), max(map(len, prompts))
+        draft = self._fitting(rows, longest, draft)[: limit - 1]
+        width = longest + len(draft)
         own = torch.ones(width, width, dtype=torch.bool).tril()
         visible = torch.stack(
             [torch.cat([self._held(row, behind, behind).expand(width, -1), own], dim=1) for row in rows]
         )
         steps = torch.arange(width, dtype=torch.float64)
         positions = torch.stack([steps + self._positions[row] for row in rows])
-        lasts = sorted({len(prompt) - 1 for prompt in prompts})
-        tokens = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        logits = self._pass(rows, tokens, positions, visible, torch.tensor(lasts))
-        for row, prompt, chosen in zip(rows, prompts, logits.argmax(dim=-1).tolist(), strict=True):
+        first = min(map(len, prompts)) - 1
+        tokens = [[*prompt, *draft, *[0] * (longest - len(prompt))] for prompt in prompts]
+        logits = self._pass(rows, tokens, positions, visible, torch.arange(first, width))
+        for row, prompt, likeliest in zip(rows, prompts, logits.argmax(dim=-1), strict=True):
+            start = len(prompt) - 1 - first
+            path, said = _agreed(likeliest, torch.arange(start, start + len(draft) + 1), [*draft, 0])
             seen = torch.zeros(behind - self._widest + width, dtype=torch.bool)
-            seen[behind - self._widest :][: len(prompt)] = True
-            self._open(row, seen, len(prompt), limit, chosen[lasts.index(len(prompt) - 1)])
+            seen[behind - self._widest :][: first + path + 1] = True
+            self._open(row, seen, len(prompt), limit, said)
 
     def decode(self) -> list[list[list[int]]]:
         """Of every row, the greedy answers to its questions in order, without end tokens. The rows are used up."""
@@ -185,16 +224,26 @@ class Rows:
                     lane.position += 1
                     self._say(lane, token)
             going = [place for place, own in enumerate(lanes) if any(lane.going for lane in own)]
-            if len(going) <= len(rows) // 2:
-                # What has ended is carried along until it is half of all.
+            if len(going) <= len(rows) * 3 // 4:
+                # What has ended is carried along until it is a quarter of all: to move the others costs two steps.
                 rows, buffers = [rows[place] for place in going], self._moved(buffers, going, behind)
         answers = [[lane.answer for lane in lanes] for lanes in self._lanes]
         self._lanes = [[] for _ in self.slots]
         return answers
 
-    def _open(self, row: int, seen: torch.Tensor, prompt: int, limit: int, first: int) -> None:
+    def _fitting(self, rows: range, prompt: int, draft: Sequence[int]) -> Sequence[int]:
+        """As much of a draft as there are positions for behind a question."""
+        most, furthest = self.backbone.max_positions, max(self._positions[row] for row in rows)
+        return draft if most is None else draft[: max(0, most - furthest - prompt)]
+
+    def _open(self, row: int, seen: torch.Tensor, prompt: int, limit: int, said: Sequence[int]) -> None:
+        """Begin an answer with the tokens `said`, of which all but the last have been run."""
         lane = _Lane(seen, self._positions[row] + prompt, limit, [], True)
-        self._say(lane, first)
+        for place, token in enumerate(said):
+            lane.position = self._positions[row] + prompt + place
+            self._say(lane, token)
+            if not lane.going:
+                break
         self._lanes[row].append(lane)
 
     def _say(self, lane: _Lane, token: int) -> None:

@@ -20,6 +20,7 @@ from kveraser.bench.quality import measure_contexts
 from kveraser.bench.results import CaseResult
 from kveraser.bench.together import Memory
 from kveraser.errors import InputError
+from kveraser.linear import lay_out_weights
 from kveraser.methods import Method
 
 Loader: TypeAlias = Callable[[], Backbone]
@@ -68,6 +69,7 @@ def measure_all(
         raise InputError(f"workers is {workers}: give at least 1, and a way to load the backbone for more")
     if workers == 1:
         memory = Memory()
+        lay_out_weights(backbone.model)
         for one in work:
             yield one, measure_contexts(backbone, one.contexts, methods, one.checked, memory)
         return
@@ -98,7 +100,9 @@ def _start(load: Loader | None, methods: tuple[Method, ...], threads: int) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     assert load is not None
-    _worker.append((load(), methods, Memory()))
+    backbone = load()
+    lay_out_weights(backbone.model)
+    _worker.append((backbone, methods, Memory()))
 
 
 def _end_with_parent() -> None:
