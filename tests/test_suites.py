@@ -146,7 +146,7 @@ def test_questions_are_few(suite: tuple[str, Made]) -> None:
         assert kinds.count("no_harm") == pytest.approx(len(whole.cases) / 2, rel=0.1)
     if name == "scenarios":
         others = {case.queries[1].kind for case in whole.cases if len(case.queries) == 2}
-        assert others == {"leak", "influence", "no_harm"} and len(counts) * 2 == sum(counts)
+        assert others == {"leak", "influence", "no_harm"} and len(counts) * 3 == sum(counts) * 2
 
 
 @pytest.mark.parametrize("name", GENERATED)
