@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint results results-eraser results-suites peers install backbone clean distclean
+.PHONY: help demo test lint results results-eraser results-suites results-serving peers install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
@@ -31,6 +31,7 @@ help:
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
 	@echo "make results-suites  measure all suites and methods again, and draw the figures (40 minutes on 2 cores; resumes)"
+	@echo "make results-serving  measure the server again: edited histories, streams, a soak, kills (40 minutes on 2 cores)"
 	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
@@ -94,6 +95,14 @@ results-suites: $(BACKBONE)
 	@$(BIN)/kveraser bench report runs/profile docs/results/latency.json --output runs/report
 	@cp runs/report/*.png docs/results/figures/
 	@echo "Wrote docs/results and docs/results.md; the page with the single cases is runs/report/index.html"
+
+results-serving: $(BACKBONE)
+	@echo "Measuring: the server"
+	@$(BIN)/kveraser bench serve --json >docs/results/serving.json.part
+	@mv docs/results/serving.json.part docs/results/serving.json
+	@$(BIN)/kveraser bench serve --measure history --json >docs/results/serving-history.json.part
+	@mv docs/results/serving-history.json.part docs/results/serving-history.json
+	@$(BIN)/python -m kveraser.bench.tables
 
 # From source: there is no wheel of it. Needs cmake and a C++ compiler.
 peers: $(INSTALLED)

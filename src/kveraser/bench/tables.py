@@ -202,6 +202,31 @@ def _fidelities(result: Mapping[str, Any], column: str, heading: str) -> str:
     return "\n".join(lines)
 
 
+def serving_table(result: Mapping[str, Any]) -> str:
+    """Every figure of `kveraser bench serve` that has a bar."""
+    lines = ["| measure | figure | value | bar | held |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        held = "yes" if row["held"] else "no"
+        lines.append(f"| {row['measure']} | {row['figure']} | {value} | {row['bar']} | {held} |")
+    return "\n".join(lines)
+
+
+def serving_load_table(result: Mapping[str, Any]) -> str:
+    """Requests of the server's soak by kind, in seconds."""
+    soak, crashes = result["soak"], result["crashes"]
+    lines = ["| request | count | median seconds | 95% within seconds |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['kind']} | {row['count']} | {row['p50_seconds']:.2f} | {row['p95_seconds']:.2f} |"
+        for row in soak["rows"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{soak['requests_per_second']:.1f} requests and {soak['answer_tokens_per_second']:.1f} answer tokens a second; "
+        f"{soak['compared']} answers compared with the same operations alone. After {len(crashes['rows'])} kills "
+        f"{crashes['back']} sessions were back, {crashes['gone']} were reported gone, {crashes['wrong']} were wrong."
+    )
+
+
 def _with_interval(row: Mapping[str, Any], name: str, digits: int) -> str:
     """A figure with its 95% interval where it has one."""
     if row[name] is None:
@@ -236,6 +261,9 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "leak": ("profile", partial(axis_table, suite="leak", axis="task", measure="leak")),
     "leak_rate": ("profile", partial(axis_table, suite="leak", axis="task", measure="leak_rate")),
     "sharing": ("sharing", sharing_table),
+    "serving": ("serving", serving_table),
+    "serving_load": ("serving", serving_load_table),
+    "serving_history": ("serving-history", serving_table),
 }
 """By name: the result file, and what renders it."""
 
