@@ -221,7 +221,8 @@ def serving_load_table(result: Mapping[str, Any]) -> str:
         for row in soak["rows"]
     ]
     return "\n".join(lines) + (
-        f"\n\n{soak['requests_per_second']:.1f} requests and {soak['answer_tokens_per_second']:.1f} answer tokens a second; "
+        f"\n\n{soak['requests_per_second']:.1f} requests and "
+        f"{soak['answer_tokens_per_second']:.1f} answer tokens a second; "
         f"{soak['compared']} answers compared with the same operations alone. After {len(crashes['rows'])} kills "
         f"{crashes['back']} sessions were back, {crashes['gone']} were reported gone, {crashes['wrong']} were wrong."
     )
