@@ -198,7 +198,7 @@ def in_two_contexts(backbone: Backbone) -> list[tuple[TokenizedContext, list[Tok
     return [cut(backbone, *attacked, *three_cases(backbone)[1:]), cut(backbone, *longer)]
 
 
-@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1_500, 2), (4_000, 5), (1_000_000, 5)])
+@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1_500, 2), (4_000, 4), (1_000_000, 4)])
 def test_however_many_wait_the_answers_are_the_same(
     backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch, slots: int, rows: int
 ) -> None:
@@ -217,7 +217,7 @@ def test_however_many_wait_the_answers_are_the_same(
             assert replace(one, methods={}) == replace(other, methods={})
             assert list(one.methods) == list(other.methods)
             assert all(alike(of.answers, other.methods[name].answers) for name, of in one.methods.items())
-    # A case's caches are asked in one pass where there is room for them, the reference before them.
+    # Where there is room, the edited caches of a case are asked in one pass, but for the reference and longer ones.
     assert max(passes) == rows
 
 

@@ -109,6 +109,8 @@ class Pool:
 
     def ask(self) -> None:
         """Ask all that wait."""
+        if not self._entries:
+            return
         entries, rows, scores = self._entries, self._caches, dict[int, list[torch.Tensor]]()
         self._entries, self._caches = [], self._room(rows.context)
         for _, of_group in groupby(entries, key=lambda entry: id(entry.asked)):

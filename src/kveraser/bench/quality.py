@@ -80,10 +80,10 @@ def measure_contexts(
     slots = max(len(context.tokens) for context, _ in contexts) + USUAL_NOTICE
     memory = memory or Memory()
     # Before any erase a cache answers the questions of all its cases.
-    together = [([asked for case in cases for asked in case.asked], _attacks(cases)) for _, cases in contexts]
-    unerased = Pool(backbone, len(contexts), slots, appended(together), memory)
+    of_contexts = [([asked for case in cases for asked in case.asked], _attacks(cases)) for _, cases in contexts]
+    unerased = Pool(backbone, len(contexts), slots, appended(of_contexts), memory)
     measured: list[_Measuring] = []
-    for (context, cases), (asked, _) in zip(contexts, together, strict=True):
+    for (context, cases), (asked, _) in zip(contexts, of_contexts, strict=True):
         cache = backbone.prefill(context.tokens)
         of_context = [_Measuring(backbone, cache, context, case) for case in cases]
         found = [one.found() for one in of_context]
@@ -96,16 +96,19 @@ def measure_contexts(
         measured += of_context
     unerased.ask()
     alone = [(case.asked, _attacks([case])) for _, case in every]
-    # The reference first: what it says, most edited caches say as well.
-    for methods_together in ([Recompute()], others) if others else ([Recompute()],):
-        edited = Pool(backbone, len(every) * len(methods_together), slots, appended(alone), memory)
-        for one in measured:
-            one.edit(methods_together, edited)
-        edited.ask()
+    # The reference first: what it says, most edited caches say as well. Longer caches apart: all would be as long.
+    removing = [method for method in others if method.removes_text]
+    adding = [method for method in others if not method.removes_text]
+    for together in ([Recompute()], removing, adding):
+        if together:
+            edited = Pool(backbone, len(every) * len(together), slots, appended(alone), memory)
+            for one in measured:
+                one.edit(together, edited)
+            edited.ask()
     for one in measured:
         if one.case in checked:
             one.check()
-    return [one.result() for one in measured]
+    return [one.result([UNERASED, EXACT, *map(str, others)]) for one in measured]
 
 
 def _attacks(cases: Sequence[TokenizedCase]) -> int:
@@ -218,11 +221,11 @@ class _Measuring:
             leaked=None if answer is None or query.kind != "leak" else any(holds(answer, one) for one in query.wrong),
         )
 
-    def result(self) -> CaseResult:
-        """All that was received, against what the reference said."""
+    def result(self, names: Sequence[str]) -> CaseResult:
+        """All that was received, against what the reference said; `names` of the methods, in order."""
         exact = [reply.scores for reply in self.replies[EXACT]]
         methods = {}
-        for name in (UNERASED, *(name for name in self.replies if name != UNERASED)):
+        for name in names:
             reference = self.fresh if name == EXACT and self.fresh is not None else exact
             answers = [self._answered(*one) for one in zip(self.case.asked, reference, self.replies[name], strict=True)]
             methods[name] = Measured(*self.costs[name], (*answers, *self.attacked[name]))
