@@ -165,7 +165,8 @@ def test_margins_run_over_all_of_their_cells() -> None:
         ("suite niah", "length 512"): pytest.approx(11 / 3), ("suite niah", "length 1024"): 4,
         ("suite leak", "length 512"): 16,
         ("suite niah", "span 50"): pytest.approx(13 / 3), ("suite niah", "span 200"): 2, ("suite leak", "span 50"): 16,
-        ("suite niah", "spans 1"): pytest.approx(7 / 3), ("suite niah", "spans 3"): 8, ("suite leak", "spans 1"): 16,
+        # Of the tasks that vary it.
+        ("suite niah", "spans 3"): 8,
         ("suite niah", "distance None"): pytest.approx(7 / 3), ("suite niah", "distance 64"): 8,
         ("suite leak", "distance None"): 16,
         ("suite niah", "depth 0.25"): pytest.approx(11 / 3), ("suite niah", "depth 0.5"): 4,

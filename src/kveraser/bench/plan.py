@@ -142,7 +142,7 @@ PROFILES = {
         (
             Only("needle", "depth", (0.0, 0.5, 1.0)),
             Only("distance", "distance", (0, 256)),
-            Only("span_count", "spans", (2, 8)),
+            Only("span_count", "spans", (1, 8)),
         ),
         50,
     )

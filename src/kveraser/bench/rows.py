@@ -91,8 +91,14 @@ def rows_of(results: Sequence[CaseResult], seed: int = 0) -> list[Row]:
     groups: dict[tuple[tuple[str, Any], ...], list[CaseResult]] = defaultdict(list)
     for result in results:
         groups[tuple(asdict(result.cell).items())].append(result)
+    counts: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for result in results:
+        counts[result.cell.suite, result.cell.task].add(result.cell.spans)
     for kept in MARGINS:
         for result in results:
+            # Every cell has a number of spans: only tasks that vary it show what it does.
+            if "spans" in kept and len(counts[result.cell.suite, result.cell.task]) == 1:
+                continue
             cell = asdict(result.cell)
             groups[tuple((axis, cell[axis] if axis in kept else ALL) for axis in AXES)].append(result)
     return [

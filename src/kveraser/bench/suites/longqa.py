@@ -102,10 +102,9 @@ def _cases(writer: _Writer, order: Sequence[FalseAnswer], length: int, settings:
     waiting, number = list(order), 0
     while waiting:
         together: list[FalseAnswer] = []
-        wanted = min(QUESTIONS_PER_CONTEXT, settings.cases - number)
         # One that does not go with the others stands at the front of the next context.
         for false in waiting[: 2 * QUESTIONS_PER_CONTEXT]:
-            if not together or (len(together) < wanted and writer.fit([*together, false], length)):
+            if not together or (len(together) < QUESTIONS_PER_CONTEXT and writer.fit([*together, false], length)):
                 together.append(false)
         waiting = [false for false in waiting if false not in together]
         rng = random.Random(f"{settings.seed}/{length}/{number}/{together[0].question.text}")
