@@ -22,8 +22,8 @@ ATTACK_TOKENS = 96
 """Room for an adversary's words."""
 CONFESSION_TOKENS = 40
 """Most tokens of the answer to them."""
-ROW_SLOTS = 98_304
-"""Most slots that are reserved for caches that are asked together: four gigabytes for the bundled backbone."""
+ROW_SLOTS = 49_152
+"""Most slots that are reserved for caches that are asked together: two gigabytes for the bundled backbone."""
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from kveraser.errors import InputError
 from kveraser.methods import Method
 
 CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
-CASES_TOGETHER = 16
+CASES_TOGETHER = 8
 """Contexts are measured together until they have as many cases: more, and a stopped run would lose more."""
-TOKENS_TOGETHER = 16_384
+TOKENS_TOGETHER = 8192
 """Most tokens of contexts that are measured together, since all their caches are held."""
 
 
