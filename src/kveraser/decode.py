@@ -19,6 +19,11 @@ from kveraser.errors import InputError
 LogitsFilter = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A transformers `LogitsProcessor`: `(input_ids [1, tokens], scores [1, vocabulary]) -> scores`."""
 
+BLOCK_TOKENS = 64
+"""Tokens whose text is made together: each is decoded with those of its block before it."""
+CONTEXT_TOKENS = 8
+"""Tokens before a block that are decoded with it."""
+
 StopRule = Callable[[torch.Tensor, torch.Tensor], Any]
 """A transformers `StoppingCriteria`: `(input_ids [1, tokens], scores [1, vocabulary]) -> bool tensor [1]`."""
 
@@ -212,11 +217,34 @@ def text_with_offsets(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[
     Tokens that only together make a character all span it.
     """
     text: str = tokenizer.decode(tokens)
-    finished = [len(tokenizer.decode(tokens[: count + 1]).rstrip("\ufffd")) for count in range(len(tokens))]
+    finished, size = _finished(tokenizer, tokens, BLOCK_TOKENS)
+    if size != len(text):
+        # This tokenizer's text of a part is no part of the text.
+        finished, _ = _finished(tokenizer, tokens, len(tokens))
     reached = [min(size, len(text)) for size in accumulate(finished, max)]
     starts = [0, *reached][: len(tokens)]
     ends = [reached[place] if (place := bisect_right(reached, start)) < len(reached) else len(text) for start in starts]
     return text, list(zip(starts, ends, strict=True))
+
+
+def _finished(tokenizer: Any, tokens: Sequence[int], block: int) -> tuple[list[int], int]:
+    """Characters that are whole behind every token, and characters in all; decoded `block` tokens at a time.
+
+    What stands before a block is decoded with it, as far as it can matter to how its text begins.
+    """
+    finished: list[int] = []
+    start, size = 0, 0
+    while start < len(tokens):
+        context, count, text, whole = max(0, start - CONTEXT_TOKENS), 0, "", ""
+        before = len(tokenizer.decode(tokens[context:start]))
+        # A block ends with a whole character, if one ends soon.
+        while start + count < len(tokens) and (count < block or (text != whole and count < 2 * block)):
+            count += 1
+            text = tokenizer.decode(tokens[context : start + count])
+            whole = text.rstrip("\ufffd")
+            finished.append(size + max(0, len(whole) - before))
+        start, size = start + count, size + len(text) - before
+    return finished, size
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

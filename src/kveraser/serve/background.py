@@ -7,8 +7,6 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from kveraser.serve.errors import ServeError
-
 T = TypeVar("T")
 
 
@@ -38,5 +36,6 @@ class Background:
     async def finish(self) -> None:
         """Wait for everything that runs."""
         while self._tasks:
-            with suppress(ServeError):
+            # What went wrong is told to whoever waits for it; here all that counts is that it has ended.
+            with suppress(Exception):
                 await next(iter(self._tasks))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kveraser.errors import KVEraserError
+from kveraser.errors import ContextLengthError, KVEraserError
 from kveraser.methods import make_method
 from kveraser.receipt import Receipt
 from kveraser.serve.background import Background
@@ -203,7 +203,9 @@ class Conversations:
                 if entry.lock.locked():
                     continue
                 await entry.lock.acquire()
-                return plan
+                if self.store.entries.get(entry.id) is entry and entry.revision == plan.revision:
+                    return plan
+                entry.lock.release()
         return None
 
     def _ranked(self, states: Sequence[tuple[Entry, int, Measured, Reading | None]], asked: _Asked) -> list[Plan]:
@@ -272,7 +274,11 @@ class Conversations:
             left = [token for token, live in zip(transcript.tokens, transcript.live, strict=True) if live]
             if not np.array_equal(np.array(left, dtype=np.int32), asked.wanted[:kept]):
                 raise _Unusable
-            self.engine.append(held, asked.reading.rest(kept))
+            try:
+                self.engine.append(held, asked.reading.rest(kept))
+            except ContextLengthError:
+                # Holes that methods left count as positions; without them the request fits.
+                raise _Unusable from None
             return receipts, kept
 
         return edit

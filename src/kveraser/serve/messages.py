@@ -53,9 +53,9 @@ class ChatMessage(_Echoed):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = Field(None, description="Of a tool's message: the call that it answers.")
 
     @model_validator(mode="after")
@@ -81,7 +81,7 @@ class ChatMessage(_Echoed):
         return read
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 def answered(messages: list[ChatMessage]) -> list[ChatMessage]:

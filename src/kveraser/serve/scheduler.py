@@ -181,7 +181,7 @@ class Scheduler:
             answer.cancelled = True
             if not self._leave(self._answers, answer):
                 # The caller may use the context next: a cancelled one still waits for the step that runs.
-                await asyncio.shield(answer.ended.future)
+                await _surely(answer.ended.future)
 
     def when_idle(self, work: Callable[[], bool]) -> None:
         """Call `work` on the owner thread while nothing else waits or runs, again and again as long as it returns True.
@@ -346,6 +346,18 @@ class Scheduler:
         for answer in answers:
             answer.tell(_closed())
             answer.ended.answer(None)
+
+
+async def _surely(future: asyncio.Future[None]) -> None:
+    """Wait for `future` however often the waiting is cancelled; then it is."""
+    cancelled = False
+    while not future.done():
+        try:
+            await asyncio.shield(future)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _closed() -> Overloaded:

@@ -119,7 +119,7 @@ class ChatRequest(GenerationRequest):
     )
 
     messages: Messages
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, Field(description="`none`: calls are not read.")] = None
     parallel_tool_calls: bool | None = Field(None, description="false: only the first call of an answer is read.")
     max_completion_tokens: int | None = Field(None, ge=1, le=WHOLE)
@@ -166,7 +166,7 @@ class ChatRequest(GenerationRequest):
         )
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=WHOLE)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=WHOLE)]], Field(min_length=1, fail_fast=True)]
 PromptText = Annotated[str, Field(min_length=1)]
 
 

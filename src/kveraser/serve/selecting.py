@@ -10,8 +10,12 @@ import regex  # type: ignore[import-untyped]
 from kveraser.errors import SpanError
 from kveraser.spans import Pattern, Selector, Span, Transcript, selector_from_json
 
-PATTERN_SECONDS = 1.0
+PATTERN_SECONDS = 0.5
 """How long a client's regular expression may look."""
+MOST_PATTERNS = 8
+"""In one request."""
+PATTERN_CHARACTERS = 1000
+"""Of a client's regular expression, at most."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class TimedPattern:
                 transcript.text, transcript.body_start, timeout=PATTERN_SECONDS
             )
             found = [match.span() for match in matches]
-        except regex.error as error:
+        except (regex.error, RecursionError, OverflowError) as error:
             raise SpanError(f"the pattern {self.pattern!r} is not a regular expression: {error}") from error
         except TimeoutError as error:
             raise SpanError(f"the pattern {self.pattern!r} takes too long on this text: simplify it") from error
@@ -48,8 +52,14 @@ def read_selectors(value: Any) -> list[Selector]:
     """One selector as `selector_from_json` reads it, or a list of them; two whole numbers are a range of characters.
 
     Raises:
-        SpanError: none of these forms.
+        SpanError: none of these forms, too many patterns, or one that is too long.
     """
     several = isinstance(value, list) and not (len(value) == 2 and all(type(bound) is int for bound in value))
     selectors = [selector_from_json(one) for one in (value if several else [value])]
+    patterns = [one.pattern for one in selectors if isinstance(one, Pattern)]
+    longest = max(map(len, patterns), default=0)
+    if len(patterns) > MOST_PATTERNS:
+        raise SpanError(f"{len(patterns)} patterns at once: give {MOST_PATTERNS} at most, or join them with |")
+    if longest > PATTERN_CHARACTERS:
+        raise SpanError(f"a pattern has {longest} characters: give {PATTERN_CHARACTERS} at most")
     return [TimedPattern(one.pattern, one.occurrence) if isinstance(one, Pattern) else one for one in selectors]

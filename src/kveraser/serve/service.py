@@ -18,7 +18,7 @@ from kveraser.serve.background import Background
 from kveraser.serve.conversations import Conversations
 from kveraser.serve.engine import Engine, Sampling, TokenLogprob
 from kveraser.serve.entries import Limits
-from kveraser.serve.errors import as_serve_error
+from kveraser.serve.errors import ContextOverflow, as_serve_error
 from kveraser.serve.exchange import (
     Action,
     Caches,
@@ -126,7 +126,10 @@ class Service:
             return read_messages(self.tokenizer, turn.messages, turn.tools, turn.context_management)
         if turn.context_management:
             raise InputError("context_management edits a conversation: give messages instead of a prompt")
-        return read_prompt(self.tokenizer, turn.prompt or "")
+        prompt, most = turn.prompt or "", self.engine.max_positions
+        if most is not None and not isinstance(prompt, str) and len(prompt) >= most:
+            raise ContextOverflow(f"the prompt has {len(prompt)} tokens and the model {most} positions: shorten it")
+        return read_prompt(self.tokenizer, prompt)
 
     async def create(
         self,

@@ -71,7 +71,7 @@ class NewSession(Contents):
 
     model_config = _examples({"messages": CONVERSATION}, {"text": "The ship left at noon. The captain is Ada."})
 
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     ttl: float | None = Field(None, gt=0, le=LONGEST_LIFE, description="Seconds unused after which it is deleted.")
 
     @model_validator(mode="after")

@@ -39,6 +39,11 @@ from kveraser.spans import resolve
 
 T = TypeVar("T")
 
+TOKEN_CHARACTERS = 128
+"""No text has more characters a token."""
+SESSION_RETRY_SECONDS = 60.0
+"""When to come back where a key has as many sessions as it may: others end by themselves only after hours."""
+
 
 class Sessions:
     """What clients do with their sessions. An operation on a session waits for the one before it; while an answer is
@@ -88,12 +93,19 @@ class Sessions:
             raise Overloaded(
                 f"there are {limits.most_sessions} sessions already, the most that a key may have: delete some",
                 code="too_many_sessions",
+                retry_after=SESSION_RETRY_SECONDS,
             )
 
     def _check_room(self, held: int, added: int) -> None:
         most = self.engine.max_positions
         if most is not None and held + added > most:
             raise ContextOverflow(f"the session would have {held + added} tokens and the model has {most} positions")
+
+    def _check_length(self, *texts: str) -> None:
+        """Refuse what can't fit before it is cut into tokens, which takes its time."""
+        most, size = self.engine.max_positions, sum(map(len, texts))
+        if most is not None and size > most * TOKEN_CHARACTERS:
+            raise ContextOverflow(f"the text has {size} characters, too many for the model's {most} positions")
 
     async def view(self, owner: str, id: str, contents: bool) -> SessionView:
         """One session; it comes back from disk for it."""
@@ -157,6 +169,7 @@ class Sessions:
     def _continuation(
         self, entry: Entry, held: Held, messages: Sequence[Mapping[str, Any]] | None, text: str | None
     ) -> Rendered:
+        self._check_length(text or "", *(str(message.get("content")) for message in messages or ()))
         templated = chat.has_template(self.tokenizer)
         if messages is not None:
             if entry.turn_open or not templated:
@@ -184,7 +197,7 @@ class Sessions:
             receipt = await self.scheduler.run(work)
             await self._settle(entry)
             if not undoable:
-                await self._forget_made_for(entry)
+                await self.store.forget_made_for(id)
             return receipt
 
         return await self._change(owner, id, erase)
@@ -242,16 +255,10 @@ class Sessions:
         async def delete() -> None:
             async with entry.lock:
                 if self.store.entries.get(id) is entry:
-                    await self._forget_made_for(entry)
+                    await self.store.forget_made_for(id)
                     await self.store.remove(entry, wipe=True)
 
         await self.background.surely(delete())
-
-    async def _forget_made_for(self, session: Entry) -> None:
-        for entry in list(self.store.entries.values()):
-            if entry.source is not None and entry.source[0] == session.id:
-                async with entry.lock:
-                    await self.store.remove(entry, wipe=True)
 
     # Asking
 
@@ -259,6 +266,7 @@ class Sessions:
         self, owner: str, id: str, question: str, sampling: Sampling, keep: bool, caches: Caches
     ) -> AsyncGenerator[Event, None]:
         """Ask the session itself, or a context that it is compared with."""
+        self._check_length(question)
         if caches != "edited":
             if keep:
                 raise InputError("only an answer from the session's own cache can be kept: ask with caches=edited")

@@ -247,7 +247,13 @@ class Store:
             await self.remove(entry)
             return True
         entry.held, entry.undoable = None, []
-        await self.scheduler.run(lambda: self.engine.drop(held, wipe=False), always=True)
+
+        def drop() -> None:
+            # What undo kept is overwritten; what is live stands on the disk.
+            self.engine.forget_undo(held, 0)
+            self.engine.drop(held, wipe=False)
+
+        await self.scheduler.run(drop, always=True)
         await self._keep_disk_budget()
         return True
 
@@ -349,7 +355,9 @@ class Store:
             late = min(entry.changed_at or 0.0 for entry in unsaved) + self.limits.snapshot_seconds - self.clock()
             with suppress(TimeoutError):
                 await asyncio.wait_for(idle.wait(), max(0.0, late))
-            entry = min(unsaved, key=lambda entry: entry.changed_at or 0.0)
+            # One that answers is written when it has ended; the others need not wait for it.
+            free = [entry for entry in unsaved if not entry.lock.locked()]
+            entry = min(free or unsaved, key=lambda entry: entry.changed_at or 0.0)
             async with entry.lock:
                 if entry.id in self.entries and not await self.save(entry):
                     # The disk is full: the next change tries again.
@@ -370,9 +378,19 @@ class Store:
             async with entry.lock:
                 if entry.expires <= now:
                     await self.remove(entry, wipe=True, gone=True)
+                    await self.forget_made_for(entry.id)
                 elif entry.undoable and entry.undoable[0].at + self.limits.undo_seconds <= now:
                     kept = [done for done in entry.undoable if done.at + self.limits.undo_seconds > now]
                     await self.keep_undoable(entry, kept)
+                    await self.forget_made_for(entry.id)
+        self.gone = {id: record for id, record in self.gone.items() if record.expires + TOMBSTONE_SECONDS > now}
+
+    async def forget_made_for(self, id: str) -> None:
+        """Let go, overwritten, what was made to compare session `id` with: it may hold what was erased there."""
+        for entry in list(self.entries.values()):
+            if entry.source is not None and entry.source[0] == id:
+                async with entry.lock:
+                    await self.remove(entry, wipe=True)
 
     async def keep_undoable(self, entry: Entry, kept: list[Undoable]) -> None:
         """Keep only the last operations undoable; what the others held is overwritten. Its lock is held."""
@@ -394,6 +412,9 @@ class Store:
             async with entry.lock:
                 if entry.kind == "session":
                     await self.save(entry)
+                    # Its time to live runs from its last use, which need not have been a change.
+                    with suppress(OutOfSpace):
+                        await self._record(entry)
                 else:
                     await self.remove(entry)
         if self.ledger is not None:

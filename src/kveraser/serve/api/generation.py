@@ -104,7 +104,9 @@ class Generation:
     async def close(self) -> None:
         """End it, finished or not."""
         for task in (self._work, self._watch):
-            task.cancel()
+            # Cancelled again it would not wait for the step that runs.
+            if not task.cancelling():
+                task.cancel()
         await asyncio.gather(self._work, self._watch, return_exceptions=True)
 
     async def collect(self) -> tuple[str, list[TokenLogprob], Finished]:
