@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -256,6 +257,40 @@ def test_offsets_of_broken_characters_cover_the_text_in_order(backbone: Backbone
     text, offsets = text_with_offsets(backbone.tokenizer, tokens)
     assert text == "\ufffda\ufffd"
     assert offsets == [(0, 2), (0, 2), (0, 2), (2, 3)]
+
+
+def test_offsets_of_a_long_text_are_made_a_block_at_a_time(backbone: Backbone) -> None:
+    words = ["the thing", "🙂", " 漢字", "é", "\n\n", " a", "x🙂🙂", "<|im_start|>"]
+    text = "".join(words[number * number % 7] for number in range(400))
+    tokens, offsets = backbone.tokenize(text)
+    decoded: list[int] = []
+
+    class Counting:
+        def decode(self, tokens: list[int]) -> str:
+            decoded.append(len(tokens))
+            return str(backbone.tokenizer.decode(tokens))
+
+    assert text_with_offsets(Counting(), tokens) == (text, offsets) and len(tokens) > 600
+    # Not of every token with all before it.
+    assert sum(decoded) < 150 * len(tokens)
+    broken = [token for token in tokens for _ in range(2)]
+    whole = backbone.tokenizer.decode(broken)
+    found, places = text_with_offsets(backbone.tokenizer, broken)
+    assert found == whole and places[0][0] == 0 and places[-1][1] == len(whole)
+    assert all(start <= later for (start, _), (later, _) in pairwise(places))
+
+
+def test_offsets_survive_a_tokenizer_that_rewrites_across_tokens() -> None:
+    class Joining:
+        """Two equal letters in a row are written as one."""
+
+        def decode(self, tokens: list[int]) -> str:
+            letters = [chr(token) for token in tokens]
+            return "".join(one for place, one in enumerate(letters) if not place or letters[place - 1] != one)
+
+    tokens = [ord("a"), ord("a"), ord("b")] * 100
+    text, offsets = text_with_offsets(Joining(), tokens)
+    assert text == "ab" * 100 and offsets[:3] == [(0, 1), (1, 2), (1, 2)] and offsets[-1] == (199, 200)
 
 
 # Scores

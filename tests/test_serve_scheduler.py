@@ -231,6 +231,30 @@ def test_a_cancelled_task_leaves_its_context_free(engine: Recording) -> None:
     scheduled(engine, test)
 
 
+def test_a_task_that_is_cancelled_again_still_waits_for_its_context(engine: Recording) -> None:
+    async def test(scheduler: Scheduler) -> None:
+        held, begun, go_on = Context("a"), threading.Event(), threading.Event()
+
+        def pause() -> None:
+            begun.set()
+            go_on.wait(60)
+
+        engine.during_step = pause
+        task = answered(scheduler, held, 10**9, keep=True)
+        await asyncio.to_thread(begun.wait, 60)
+        for _ in range(3):
+            task.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not task.done() and held.kept == []
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert held.kept == [True] and engine.log[-1] == "finish a"
+
+    scheduled(engine, test)
+
+
 def test_what_is_cancelled_while_it_waits_never_runs(engine: Recording) -> None:
     async def test(scheduler: Scheduler) -> None:
         done: list[str] = []

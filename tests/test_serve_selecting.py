@@ -54,3 +54,13 @@ def test_a_pattern_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(transcript("a" * 5000 + "b"), TimedPattern(r"(a|aa)+$", None))
     with pytest.raises(SpanError, match="not a regular expression"):
         resolve(transcript(), TimedPattern("(", None))
+
+
+def test_patterns_that_would_keep_the_server_busy_are_refused() -> None:
+    for wrong, told in (([{"pattern": "a"}] * 9, "9 patterns"), ({"pattern": "a" * 1001}, "1001 characters")):
+        with pytest.raises(SpanError, match=told):
+            read_selectors(wrong)
+    assert len(read_selectors([{"pattern": "a" * 1000}] * 8)) == 8
+    # Nested deeper than it can be read.
+    with pytest.raises(SpanError, match="not a regular expression"):
+        resolve(transcript(), TimedPattern("(" * 20_000 + ")" * 20_000, None))

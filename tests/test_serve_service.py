@@ -485,6 +485,9 @@ def test_bad_requests_are_refused_and_what_is_cached_stays() -> None:
                 await whole(service.generate("ada", Turn(prompt=(1, 10**6))))
             with pytest.raises(ContextOverflow):
                 await chat(service, conversation(40))
+            # Before it is made into text, which takes a while.
+            with pytest.raises(ContextOverflow):
+                await asyncio.wait_for(whole(service.generate("ada", Turn(prompt=(1,) * 100_000))), 5)
             answered = await chat(service, left)
             assert answered.started.what.action == "erase" and answered.tokens == edited(messages, [2, 3], [])
 
@@ -559,7 +562,8 @@ def test_a_session_does_what_the_library_does(made_of: dict[str, Any]) -> None:
 
 def test_answers_of_the_edited_the_unerased_and_the_exact_cache() -> None:
     async def test() -> None:
-        async with serving() as service:
+        clock = Clock()
+        async with serving(clock=clock) as service:
             made = await service.create("ada", messages=MESSAGES)
             session = library(messages=MESSAGES)
             unerased = session.ask("Where is it?", max_new_tokens=6).tokens
@@ -578,7 +582,13 @@ def test_answers_of_the_edited_the_unerased_and_the_exact_cache() -> None:
             assert (await asked(service, made.id, caches="unerased")).started.what.prefilled_tokens == 1
             with pytest.raises(InvalidRequest):
                 await asked(service, made.id, caches="exact", keep=True)
+            other = await service.create("ada", messages=MESSAGES, ttl=50.0)
+            assert (await asked(service, other.id, caches="unerased")).started.what.prefilled_tokens > 1
             await service.delete("ada", made.id)
+            assert service.status()["contexts"] == 1
+            # They go when it expires as well.
+            clock.now += 51
+            await service.store.sweep()
             assert service.status()["contexts"] == service.status()["bytes_held"] == 0
             with pytest.raises(UnknownSession):
                 await service.view("ada", made.id)
@@ -815,8 +825,9 @@ def test_a_key_has_so_many_sessions_and_no_more() -> None:
             made = [await service.create("ada", text=TEXT) for _ in range(2)]
             with pytest.raises(Overloaded):
                 await service.create("ada", text=TEXT)
-            with pytest.raises(Overloaded):
+            with pytest.raises(Overloaded) as refused:
                 await service.fork("ada", made[0].id)
+            assert refused.value.retry_after
             await service.create("bob", text=TEXT)
             await service.delete("ada", made[0].id)
             await service.create("ada", text=TEXT)
