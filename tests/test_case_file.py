@@ -157,10 +157,10 @@ def test_every_malformed_line_is_named_at_once(read: Read) -> None:
     assert "line 4: the id 'a' is that of line 1 too" in report
 
 
-def test_the_first_ten_malformed_lines_are_listed_and_the_others_counted(read: Read) -> None:
+def test_of_many_malformed_lines_the_first_ten_are_explained_and_all_are_numbered(read: Read) -> None:
     report = refused(read, *["{"] * 13)
     assert "malformed lines (13)" in report and "line 10:" in report and "line 11:" not in report
-    assert report.endswith("and 3 more")
+    assert report.endswith("and 3 more: lines 11, 12, 13")
 
 
 def test_several_problems_of_a_line_stand_together(read: Read) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -91,7 +90,6 @@ def quality(
     texts = read_passages(corpus, passages, column) if corpus is not None else ()
     backbone = load_backbone(model, eraser, device, dtype)
     served, unserved = _served(chosen, backbone, named=methods is not None)
-    started = time.perf_counter()
     made, left_out = make_cases(backbone.tokenizer, settings, texts, own, dataset)
     with bar(total=1.0) as advance:
         measured = run(
@@ -105,7 +103,7 @@ def quality(
             workers or 1,
             partial(load_backbone, model, eraser, device, dtype),
         )
-    result = to_json(measured, backbone, settings, served, time.perf_counter() - started) | {"unserved": unserved}
+    result = to_json(measured, backbone, settings, served) | {"unserved": unserved}
     if output is not None:
         write_result(output, result)
     if json_output:

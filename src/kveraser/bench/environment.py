@@ -29,7 +29,10 @@ def environment(backbone: Backbone) -> dict[str, Any]:
         "device": str(backbone.device),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "processors": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "accelerator": torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else None,
         "commit": commit(),
         "versions": {
             "kveraser": __version__,
@@ -38,6 +41,24 @@ def environment(backbone: Backbone) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _processor() -> str | None:
+    """The processor's model, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or None)
+
+
+def _memory_gib() -> float | None:
+    """The machine's memory, where the system tells."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def commit() -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class QualityRun:
         resumed: cases that an earlier stretch of the run had measured.
         workers: processes that measured the others.
         commits: of the checkouts that measured, in order; empty where the package is installed.
+        seconds: that measuring took, over all stretches of the run.
     """
 
     results: tuple[CaseResult, ...]
@@ -54,6 +56,7 @@ class QualityRun:
     resumed: int = 0
     workers: int = 1
     commits: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,9 @@ def run(
     done: dict[str, CaseResult] = {}
     checkout = commit()
     commits: tuple[str, ...] = (checkout,) if checkout else ()
+    identity, before, started = _identity(backbone, methods, settings), 0.0, time.perf_counter()
     if folder is not None:
-        done, commits = _resume(folder, _identity(backbone, methods, settings), names, cases, commits)
+        done, commits, before = _resume(folder, identity, names, cases, commits)
     resumed = len(done)
     work = [one for one in _batches(groups) if any(case.case.id not in done for _, of in one.contexts for case in of)]
     size = sum(_cost(group.context, group.cases, names) for group in groups)
@@ -145,9 +149,11 @@ def run(
         done |= {result.id: result for result in fresh}
         if folder is not None:
             _append(folder / CASES, fresh)
+            _write_header(folder, identity, commits, before + time.perf_counter() - started)
         report(f"{results[-1].cell}", finished / size)
     measured = tuple(done[one.case.id] for group in groups for one in group.cases)
-    return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), workers, commits)
+    seconds = before + time.perf_counter() - started
+    return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), workers, commits, seconds)
 
 
 def _cost(context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[str]) -> int:
@@ -241,23 +247,24 @@ def _resume(
     names: Sequence[str],
     cases: Sequence[BenchCase],
     commits: tuple[str, ...],
-) -> tuple[dict[str, CaseResult], tuple[str, ...]]:
-    """The finished cases by id that an earlier run left in `folder`, which is made ready for more, and its commits.
+) -> tuple[dict[str, CaseResult], tuple[str, ...], float]:
+    """The finished cases by id that an earlier run left in `folder`, made ready for more; its commits, its seconds.
 
     Args:
         names: of the methods that a finished case has results of.
         commits: of this stretch, which follow the earlier ones.
     """
     header, lines = folder / SETTINGS, folder / CASES
-    wanted = {case.id: case.fingerprint for case in cases}
+    wanted, seconds = {case.id: case.fingerprint for case in cases}, 0.0
     try:
         if lines.exists() and not header.exists():
             raise InputError(f"{lines} is of no quality run ({SETTINGS} is not beside it): choose another folder")
         if header.exists():
             found = _check_same(folder, header.read_bytes(), identity)
             commits = tuple(dict.fromkeys([*found.get("commits", ()), *commits]))
+            seconds = float(found.get("seconds", 0.0))
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(header, json.dumps(identity | {"commits": commits}, indent=2) + "\n")
+        _write_header(folder, identity, commits, seconds)
         # It says nothing of the cases that follow.
         (folder / RESULT).unlink(missing_ok=True)
         # What a killed process wrote of its last line ends without a line break.
@@ -280,7 +287,16 @@ def _resume(
         _replace(lines, "".join(map(_line, done.values())))
     except OSError as error:
         raise _unwritable(folder, error) from error
-    return done, commits
+    return done, commits, seconds
+
+
+def _write_header(folder: Path, identity: Mapping[str, Any], commits: Sequence[str], seconds: float) -> None:
+    """Keep what a run must agree in to go on in `folder`, and what it has taken so far."""
+    header = {**identity, "commits": list(commits), "seconds": seconds}
+    try:
+        _replace(folder / SETTINGS, json.dumps(header, indent=2) + "\n")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> dict[str, Any]:
@@ -320,12 +336,9 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 
 
 def to_json(
-    measured: QualityRun, backbone: Backbone, settings: QualitySettings, methods: Sequence[Method], seconds: float
+    measured: QualityRun, backbone: Backbone, settings: QualitySettings, methods: Sequence[Method]
 ) -> dict[str, Any]:
     """Rows with all that is needed to read them: settings, eraser, versions, hardware.
-
-    Args:
-        seconds: that this stretch of the run took; an earlier one measured `resumed` cases.
 
     Raises:
         MeasurementError: see `check_references`.
@@ -339,7 +352,7 @@ def to_json(
         "commits": list(measured.commits),
         "workers": measured.workers,
         "threads": threads_of(measured.workers) if measured.workers > 1 else torch.get_num_threads(),
-        "seconds": seconds,
+        "seconds": measured.seconds,
         "resumed_cases": measured.resumed,
         "rows": [row.to_json() for row in rows],
         "left_out": [{**asdict(one.cell), "reason": one.reason} for one in measured.left_out],

@@ -20,7 +20,7 @@ from kveraser.bench.quality import measure_contexts
 from kveraser.bench.results import CaseResult
 from kveraser.bench.together import Memory
 from kveraser.errors import InputError
-from kveraser.linear import lay_out_weights
+from kveraser.linear import give_back, lay_out_weights
 from kveraser.methods import Method
 
 Loader: TypeAlias = Callable[[], Backbone]
@@ -68,10 +68,12 @@ def measure_all(
     if workers < 1 or (workers > 1 and load is None):
         raise InputError(f"workers is {workers}: give at least 1, and a way to load the backbone for more")
     if workers == 1:
-        memory = Memory()
-        lay_out_weights(backbone.model)
-        for one in work:
-            yield one, measure_contexts(backbone, one.contexts, methods, one.checked, memory)
+        memory, laid_out = Memory(), lay_out_weights(backbone.model)
+        try:
+            for one in work:
+                yield one, measure_contexts(backbone, one.contexts, methods, one.checked, memory)
+        finally:
+            give_back(laid_out)
         return
     threads = threads_of(workers)
     start = partial(_start, load, tuple(methods), threads)

@@ -141,13 +141,13 @@ class Conversations:
                         yield Delta(step.text, step.tokens)
                     if count >= room:
                         room += ANSWER_TOKENS
-                        await self._grow(entry, room)
+                        await self.grow(entry, room)
                     reason = step.finish_reason or reason
         finally:
             await self.background.surely(self._release(entry, reading))
         yield Finished("length" if reason == "length" else "stop", count, what)
 
-    async def _grow(self, entry: Entry, tokens: int) -> None:
+    async def grow(self, entry: Entry, tokens: int) -> None:
         """Keep room for an answer of `tokens`. Where there is none it goes on: it can't be put away half said."""
         try:
             await self.store.reserve(entry, tokens)

@@ -312,12 +312,15 @@ class Sessions:
                 await self._add(held, prompt)
                 what = Happened("append", id, prefilled_tokens=len(prompt.tokens), exact=entry.measured.exact)
                 yield Started(live + len(prompt.tokens), live, what)
-                count, reason = 0, "length"
+                count, room, reason = 0, ANSWER_TOKENS, "length"
                 async with aclosing(self.scheduler.decode(held, sampling, keep)) as steps:
                     async for step in steps:
                         count += len(step.tokens)
                         if step.text or step.tokens:
                             yield Delta(step.text, step.tokens)
+                        if count >= room:
+                            room += ANSWER_TOKENS
+                            await self.conversations.grow(entry, len(prompt.tokens) + room)
                         reason = step.finish_reason or reason
                 if keep:
                     await self.background.surely(self._keep(entry, held, question, text, before))

@@ -66,7 +66,7 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
     answers of a leak question are what must not come out.
 
     Raises:
-        InputError: no such file, no case in it, or malformed lines; each is named with what is wrong, the first ten.
+        InputError: no such file, no case in it, or malformed lines; all are numbered, the first ten with what is wrong.
     """
     source = Path(path)
     try:
@@ -76,7 +76,7 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
     except OSError as error:
         raise InputError(f"no case file at {source} ({error.strerror}): check the path") from error
     cases: dict[str, tuple[int, BenchCase]] = {}
-    problems: list[str] = []
+    problems: dict[int, str] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -86,12 +86,13 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
                 raise InputError(f"the id {case.id!r} is that of line {cases[case.id][0]} too")
             cases[case.id] = number, case
         except ValidationError as error:
-            problems.append(f"line {number}: {'; '.join(_explained(one) for one in error.errors())}")
+            problems[number] = "; ".join(_explained(one) for one in error.errors())
         except (InputError, SpanError) as error:
-            problems.append(f"line {number}: {error}")
+            problems[number] = str(error)
     if problems:
-        more = [f"and {len(problems) - SHOWN_LINES} more"] if len(problems) > SHOWN_LINES else []
-        listed = "\n  ".join([*problems[:SHOWN_LINES], *more])
+        told, others = [*problems.items()][:SHOWN_LINES], [*problems][SHOWN_LINES:]
+        more = [f"and {len(others)} more: lines {', '.join(map(str, others))}"] if others else []
+        listed = "\n  ".join([*(f"line {number}: {problem}" for number, problem in told), *more])
         raise InputError(f"{source} has malformed lines ({len(problems)}):\n  {listed}")
     if not cases:
         raise InputError(f"{source} has no case: give a JSON object a line")
