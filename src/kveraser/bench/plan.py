@@ -129,7 +129,7 @@ class Profile:
 
 
 PROFILES = {
-    # 80 minutes on two cores, 40 at 24 cases a cell: the contexts are short, with as much to undo.
+    # For two cores: the contexts are short, with as much to undo.
     "cpu": Profile(
         (
             ("niah", (320,), ()),
