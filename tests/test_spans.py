@@ -386,3 +386,10 @@ def test_other_json_is_refused_and_shown(value: Any) -> None:
     with pytest.raises(SpanError, match="is not a span") as raised:
         selector_from_json(value)
     assert repr(value) in str(raised.value)
+
+
+def test_what_is_no_span_is_not_repeated_at_length() -> None:
+    for wrong in ({"pattern": ["a" * 10_000]}, {"span": "a" * 10_000}, [["a" * 10_000]]):
+        with pytest.raises(SpanError) as raised:
+            selector_from_json(wrong)
+        assert len(str(raised.value)) < 600 and "aaa" in str(raised.value)

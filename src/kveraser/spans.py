@@ -357,9 +357,10 @@ def selector_from_json(value: Any) -> Selector:
                 try:
                     selector: Selector = form(value[key], **options)
                 except (TypeError, SpanError) as error:
-                    raise SpanError(f"{dict(value)!r} is not a span: {error}") from error
+                    raise SpanError(f"{_shorten(repr(dict(value)), 200)} is not a span: {error}") from error
                 return selector
-    raise SpanError(f'{value!r} is not a span: give a text, [start, end] in characters, or {{"message": index}}')
+    shown = _shorten(repr(value), 200)
+    raise SpanError(f'{shown} is not a span: give a text, [start, end] in characters, or {{"message": index}}')
 
 
 def _check(selector: Any, **kinds: Any) -> None:
@@ -372,7 +373,8 @@ def _check(selector: Any, **kinds: Any) -> None:
         if value is None and optional:
             continue
         if not isinstance(value, wanted) or (wanted is Integral and isinstance(value, bool)):
-            raise SpanError(f"{type(selector).__name__}: {name} is {value!r}, but it is {names[wanted]}")
+            shown = _shorten(repr(value), 200)
+            raise SpanError(f"{type(selector).__name__}: {name} is {shown}, but it is {names[wanted]}")
 
 
 def _places(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
