@@ -9,7 +9,7 @@ WORKERS ?= 2
 CORPUS ?= wikimedia/wikipedia
 CASES ?= 2
 DATASET ?=
-SUITE_CASES ?= 28
+SUITE_CASES ?= 50
 VENV := .venv
 BIN := $(VENV)/bin
 

@@ -1,8 +1,9 @@
-"""Attention whose heads share keys and values: to the bit what transformers' own gives, and only where it can run."""
+"""Attention whose heads share keys and values: what transformers' own gives, with less to read."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kveraser.backbone import Backbone
 from kveraser.methods import make_method
 from kveraser.packed import score_together
 from kveraser.spans import Span
-from tests.tiny import random_tokens, same_bits, snapshot, tiny_backbone, tiny_model, tiny_tokenizer
+from tests.tiny import random_tokens, snapshot, tiny_backbone, tiny_model, tiny_tokenizer
 
 TOKENS = random_tokens(40, seed=1)
 PAIRS = [(random_tokens(5, seed=2), random_tokens(3, seed=3)), (random_tokens(4, seed=4), random_tokens(6, seed=5))]
@@ -28,7 +29,7 @@ def sharing() -> Backbone:
 
 
 @pytest.mark.parametrize("method", ["recompute", "repair(4)", "selective(0.3)", "follow(4)"])
-def test_every_bit_is_as_with_repeated_heads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_and_answers_are_as_with_repeated_heads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     repeated: list[int] = []
     repeat = sdpa_attention.repeat_kv
 
@@ -46,9 +47,48 @@ def test_every_bit_is_as_with_repeated_heads(method: str, monkeypatch: pytest.Mo
         found.append((snapshot(cache), scores))
         passes.append(len(repeated))
     (first, one), (second, other) = found
-    assert same_bits(first, second) and all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert first.keys() == second.keys() and torch.equal(first["positions"], second["positions"])
+    for kind in ("keys", "values"):
+        for pair in zip(first[kind], second[kind], strict=True):
+            torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+    for pair in zip(one, other, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
     # Guard: the first backbone repeats heads in masked passes, the second never.
     assert passes[0] > 0 and passes[1] == passes[0]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_no_token_reads_slots_that_the_mask_hides_from_its_neighbours(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, int]] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *rest: object, **options: Any) -> torch.Tensor:
+        read.append((query.shape[2], key.shape[2]))
+        return kernel(query, key, *rest, **options)
+
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=generator) for heads, length in ((4, 70), (2, 300), (2, 300))
+    )
+    last = torch.cat([torch.arange(40, 72), torch.arange(90, 122), torch.tensor([130, 140, 150, 160, 170, 299])])
+    visible = (torch.arange(300)[None, :] <= last[:, None])[None, None]
+    mask = visible
+    if kind == "float":
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = kernel(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    found, _ = attend(torch.nn.Module(), query, key, value, mask)
+    assert read == [(32, 72), (32, 122), (6, 300)]
+    torch.testing.assert_close(found, expected)
+    # Rows of a batch are read in one go, as far as the longest of them sees.
+    read.clear()
+    batch = mask.repeat(2, 1, 1, 1)
+    batch[0, :, -1] = batch[0, :, -2]
+    both, _ = attend(torch.nn.Module(), *(states.repeat(2, 1, 1, 1) for states in (query, key, value)), batch)
+    assert read == [(70, 300)] and both.shape == (2, 70, 4, 8)
+    torch.testing.assert_close(both[1:], expected)
 
 
 def test_what_it_has_no_kernel_for_goes_to_the_standard_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from kveraser.bench.rows import AXES
 from kveraser.bench.run import make_cases
 from kveraser.bench.suites import SUITES
 from kveraser.errors import InputError
+from kveraser.methods import METHODS, make_method
 from tests.bench_cases import bench_case
 from tests.test_train_data import HELD_OUT, PASSAGES
 from tests.tiny import tiny_tokenizer
@@ -54,15 +55,17 @@ def test_the_cpu_profile_takes_every_generated_suite_at_sizes_of_its_own() -> No
     assert [plan.suite for plan in plans] == ["niah", "scenarios", "chains", "sweeps", "leak"]
     assert [one.cell for one in without] == [Cell("longqa", ALL)] and "--dataset" in without[0].reason
     profile = PROFILES["cpu"]
-    sizes = {name: (lengths, spans or SUITES[name].spans) for name, lengths, spans in profile.suites}
+    sizes = {one.suite: one for one in profile.suites}
     for plan in plans:
-        chosen = tuple(one for one in profile.only if one.task in plan.tasks)
-        assert plan == SuitePlan(plan.suite, SUITES[plan.suite].tasks, *sizes[plan.suite], profile.cases, chosen)
-    # Every choice is one of a task that the profile measures, on an axis that there is.
-    assert {one for plan in plans for one in plan.only} == set(profile.only)
-    assert {one.axis for one in profile.only} <= set(AXES)
+        own, suite = sizes[plan.suite], SUITES[plan.suite]
+        tasks, spans = own.tasks or suite.tasks, own.spans or suite.spans
+        assert plan == SuitePlan(plan.suite, tasks, (own.length,), spans, profile.cases, own.only)
+        # Every choice is one of a task that the profile measures, on an axis that there is.
+        assert all(one.task in plan.tasks and one.axis in AXES and len(one.values) > 1 for one in plan.only)
+    compared = {make_method(name).name for name in profile.methods.split(";")}
+    assert compared == {name for name, method in METHODS.items() if not method.is_reference}
     with_questions, without = profile_plans("cpu", 3, "questions.json")
-    assert [plan.suite for plan in with_questions] == [suite for suite, _, _ in PROFILES["cpu"].suites]
+    assert [plan.suite for plan in with_questions] == [one.suite for one in PROFILES["cpu"].suites]
     assert {plan.cases for plan in with_questions} == {3} and without == ()
     assert {plan.suite for plan in with_questions} == set(SUITES) - {"heldout"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from kveraser import cli
 from kveraser.bench import sharing
-from kveraser.bench.plan import PROFILES, Profile
+from kveraser.bench.plan import PROFILES, Profile, Sizes
 from kveraser.bench.run import CASES, RESULT, SETTINGS
 from kveraser.bench.sharing import SharingRow
 from tests.bench_cases import CONTEXT, SPAN
@@ -99,8 +99,9 @@ def test_a_profile_is_its_suites_at_their_sizes(
     model: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(PROFILES, "cpu", Profile((("longqa", (512,), ()), ("sweeps", (600,), (40,))), (), 2))
-    asked = "bench", "quality", "--profile", "cpu", "--model", model, "--methods", "mask", "--workers", "1", "--json"
+    sizes = Sizes("longqa", 512), Sizes("sweeps", 600, spans=(40,))
+    monkeypatch.setitem(PROFILES, "cpu", Profile(sizes, "shift; kveraser", 2))
+    asked = "bench", "quality", "--profile", "cpu", "--model", model, "--workers", "1", "--json"
     result = read(run(*asked, "--cases", "1"))
     assert [(one["suite"], one["lengths"], one["cases"]) for one in result["settings"]["suites"]] == [
         ("sweeps", [600], 1)
@@ -108,6 +109,8 @@ def test_a_profile_is_its_suites_at_their_sizes(
     left_out = {(one["suite"], one["task"]): one["reason"] for one in result["left_out"]}
     assert "--dataset" in left_out["longqa", "all"] and ("sweeps", "distance") in left_out
     assert {row["cases"] for row in result["rows"] if row["suite"] == "sweeps" and row["span"] == 40} == {1}
+    assert {row["method"] for row in result["rows"]} == {"none", "recompute", "shift"}
+    assert list(result["unserved"]) == ["kveraser"]
 
 
 @pytest.mark.parametrize(

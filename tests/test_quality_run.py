@@ -137,7 +137,7 @@ def test_contexts_are_measured_together_as_far_as_they_may(
         assert all(alike(of.answers, other.methods[name].answers) for name, of in one.methods.items())
 
 
-def test_one_case_of_every_cell_and_of_every_batch_is_held_against_a_prefill(
+def test_a_case_of_every_cell_is_held_against_a_prefill_where_it_begins_and_where_it_ends(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[list[str]] = []
@@ -150,8 +150,8 @@ def test_one_case_of_every_cell_and_of_every_batch_is_held_against_a_prefill(
     monkeypatch.setattr(workers, "measure_contexts", watched)
     cells = [CELL, replace(CELL, depth=0.5), CELL, replace(CELL, depth=0.5), replace(CELL, depth=1.0), CELL]
     start(backbone, cases=[replace(case, cell=cell) for case, cell in zip(MADE, cells, strict=True)], methods=[])
-    # a, b, d; then c, e; then f: the cells are 0, 0.5, 0.5; 0, 1; 0.
-    assert [sorted(names) for names in checked] == [["a", "b"], ["e"], ["f"]]
+    # a, b, d; then c, e; then f: the cells are 0, 0.5, 0.5; 0, 1; 0. Of the first, c is in between.
+    assert [sorted(names) for names in checked] == [["a", "d"], ["e"], ["f"]]
 
 
 def test_suites_take_turns(backbone: Backbone, measured: list[list[str]]) -> None:

@@ -2,7 +2,8 @@
 
 transformers repeats keys and values for every query head whenever a mask is given, since other devices have no kernel
 for that case. On a CPU the kernel of torch takes shared heads as they are, and a step over a long cache spends most of
-its time on those copies.
+its time on those copies. Nor does the kernel skip what a mask hides: tokens that are run again early in a long cache
+are handed the part of it that they see.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 
 SHARED_HEADS = "kveraser_shared_heads"
 """The name of this attention in a model's configuration."""
+TOKENS_TOGETHER = 32
+"""Neighbouring tokens that are handed the same slots: as many as the kernel takes in one step."""
 
 
 def share_heads(model: Any) -> None:
@@ -39,7 +42,7 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention, to the bit that of transformers' `sdpa`.
+    """Scaled dot-product attention: that of transformers' `sdpa`, to rounding where a mask hides the last slots.
 
     Args:
         query: `[batch, heads, tokens, head_dim]`.
@@ -58,7 +61,27 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return output, None
-    shared = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
-    )
-    return shared.transpose(1, 2).contiguous(), None
+    # Rows of a batch see as much as the longest of them.
+    together = TOKENS_TOGETHER if len(query) == 1 else query.shape[2]
+    parts = []
+    for start in range(0, query.shape[2], together):
+        tokens = slice(start, start + together)
+        seen = _seen(attention_mask[..., tokens, :])
+        parts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, tokens],
+                key[:, :, :seen],
+                value[:, :, :seen],
+                attn_mask=attention_mask[..., tokens, :seen],
+                scale=scaling,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _seen(mask: torch.Tensor) -> int:
+    """How many of the first slots a mask `[1, 1, tokens, slots]` lets any of the tokens see."""
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    slots = visible.flatten(0, -2).any(dim=0).nonzero()
+    return int(slots[-1]) + 1 if len(slots) else mask.shape[-1]

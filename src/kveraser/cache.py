@@ -32,8 +32,9 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 class Step:
     """One loss inside an edit: what was done to slots `[start, end)` of `length`, and their old states, a pair a layer.
 
-    `moved` tells how far a drop has come: the number of buffers of which the suffix has moved up for certain, and the
-    suffix of the next one while it moves.
+    With `slots` (int64, increasing) only these were lost, and the states are theirs. `moved` tells how far a drop has
+    come: the number of buffers of which the suffix has moved up for certain, and the suffix of the next one while it
+    moves.
     """
 
     kind: Literal["overwrite", "drop", "truncate"]
@@ -41,6 +42,7 @@ class Step:
     end: int
     length: int
     states: list[tuple[torch.Tensor | None, torch.Tensor | None]]
+    slots: torch.Tensor | None = None
     moved: tuple[int, torch.Tensor | None] = (0, None)
 
 
@@ -231,11 +233,11 @@ class EditableCache(Cache):
         """A forward pass inside overwrites the given `slots` (int64 `[tokens]`, increasing) and sees all the cache.
 
         The caller passes a four-dimensional mask that lets each token see the slots up to its own; the slots keep their
-        positions. Everything from slot `start` on is saved for undo. Needs `edit()`.
+        positions. From slot `start` on nothing counts as exact any more. Needs `edit()`.
         """
-        self._save("overwrite", start, self.length)
         if slots.numel() and not start <= int(slots.min()) <= int(slots.max()) < self.length:
-            raise CacheError(f"slots {slots.tolist()} lie outside [{start}, {self.length}), which is saved for undo")
+            raise CacheError(f"slots {slots.tolist()} lie outside [{start}, {self.length}), where they may be written")
+        self._save("overwrite", start, self.length, slots=slots)
         index = slots.to(self.layers[0].keys.device)  # type: ignore[union-attr]
         try:
             for layer in self.layers:
@@ -288,19 +290,29 @@ class EditableCache(Cache):
         end: int,
         keys: bool = True,
         values: bool = True,
+        slots: torch.Tensor | None = None,
+        layer: int | None = None,
     ) -> Step:
         self._check_range(start, end)
         if self._journal is None:
             raise CacheError("in-place edits need an open journal: use `with cache.edit():`")
         self._follow_foreign_writes()
+
+        def kept(number: int, states: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+            if not wanted or layer not in (None, number):
+                return None
+            return states.clone() if slots is None else states.index_select(2, (slots - start).to(states.device))
+
         states = [
-            (key.clone() if keys else None, value.clone() if values else None)
-            for key, value in (self.read(start, end) if end > start else [])
+            (kept(number, key, keys), kept(number, value, values))
+            for number, (key, value) in enumerate(self.read(start, end) if end > start else [])
         ]
-        step = Step(kind, start, end, self.length, states)
+        step = Step(kind, start, end, self.length, states, slots)
         self._journal.steps.append(step)
         if kind == "overwrite":
-            self._journal.bytes_written += self._journal_bytes(end - start) // (1 if keys and values else 2)
+            written = end - start if slots is None else slots.numel()
+            parts = (keys + values) / 2 / (1 if layer is None else len(self.layers))
+            self._journal.bytes_written += int(self._journal_bytes(written) * parts)
         if end > start:
             self._exact_length = min(self._exact_length, start)
         return step
@@ -341,7 +353,10 @@ class EditableCache(Cache):
             self._next_position += int(delta)
 
     def write_layer(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one layer's states at scattered `slots`, inside `overwriting_scattered` of slots that enclose them."""
+        """Write one layer's states at scattered `slots` (int64, increasing). Needs an open `edit()`."""
+        if slots.numel() == 0:
+            return
+        self._save("overwrite", int(slots[0]), self.length, slots=slots, layer=layer)
         buffers = self.layers[layer]
         assert buffers.keys is not None and buffers.values is not None
         index = slots.to(buffers.keys.device)
@@ -384,12 +399,13 @@ class EditableCache(Cache):
             if step.kind == "drop":
                 self._move_back(step)
             self._set_length(step.length)
-            for layer, (key, value) in zip(self.layers, step.states, strict=False):
-                assert layer.keys is not None and layer.values is not None
-                if key is not None:
-                    layer.keys[:, :, start:end] = key
-                if value is not None:
-                    layer.values[:, :, start:end] = value
+            for layer, old in zip(self.layers, step.states, strict=False):
+                for buffer, states in zip((layer.keys, layer.values), old, strict=True):
+                    assert buffer is not None
+                    if states is not None and step.slots is not None:
+                        buffer.index_copy_(2, step.slots.to(buffer.device), states)
+                    elif states is not None:
+                        buffer[:, :, start:end] = states
         self._set_length(journal.length)
         self._positions = journal.positions
         self._next_position = journal.next_position

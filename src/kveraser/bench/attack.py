@@ -42,7 +42,7 @@ def attack(
     cache: EditableCache,
     context_turn_open: bool,
     attack: Attack,
-    candidates: int = 3,
+    candidates: int = 2,
     rounds: int = 2,
 ) -> Attacked:
     """Search for the wording after which the target is likeliest. The cache is left as it was.

@@ -56,7 +56,7 @@ def quality(
     json_output: Json = False,
 ) -> None:
     """Measure what every method forgets, leaks and harms, against exact recomputation."""
-    from kveraser.bench.plan import QualitySettings, plan_suite, profile_plans
+    from kveraser.bench.plan import PROFILES, QualitySettings, plan_suite, profile_plans
     from kveraser.bench.run import make_cases, run, to_json, write_result
     from kveraser.bench.suites.file import read_case_file
     from kveraser.bench.workers import most_workers
@@ -68,11 +68,12 @@ def quality(
             count = int(cases)
         except ValueError:
             case_file = Path(cases)
-    chosen = _chosen(methods)
+    own_methods = methods
     if profile is not None:
         if suite is not None or case_file is not None or any(one is not None for one in (tasks, lengths, spans)):
             raise typer.BadParameter("--profile sets suites, tasks and sizes itself: leave those options out")
         plans, without = profile_plans(profile, count, dataset)
+        own_methods = methods or PROFILES[profile].methods
         workers = workers or most_workers(device)
     else:
         names = [one.strip() for one in (suite or "").split(",") if one.strip()]
@@ -82,6 +83,7 @@ def quality(
         plans = tuple(plan_suite(name, chosen_tasks, **sizes, cases=200 if count is None else count) for name in names)
         without = ()
     own = read_case_file(case_file) if case_file is not None else ()
+    chosen = _chosen(own_methods)
     if corpus is None and any(plan.suite == NEEDS_TEXT for plan in plans):
         corpus = TEXT
     settings = QualitySettings(

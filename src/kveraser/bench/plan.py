@@ -114,39 +114,48 @@ def plan_suite(
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a profile takes of one suite; empty: all that the suite has of it."""
+
+    suite: str
+    length: int
+    spans: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    only: tuple[Only, ...] = ()
+
+
+@dataclass(frozen=True)
 class Profile:
     """A named set of suites that fits a machine.
 
     Attributes:
-        suites: name, context lengths and span lengths, all tasks of each.
-        only: see `SuitePlan`.
+        methods: as `--methods` takes them.
         cases: of every cell.
     """
 
-    suites: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    only: tuple[Only, ...]
+    suites: tuple[Sizes, ...]
+    methods: str
     cases: int
 
 
 PROFILES = {
-    # For two cores: the contexts are short, with as much to undo.
+    # For two cores: all suites in short contexts, with as much to undo; of an axis its two ends, of a method one form.
     "cpu": Profile(
         (
-            ("niah", (320,), ()),
-            ("longqa", (384,), ()),
-            ("scenarios", (256,), (64,)),
-            ("chains", (448,), ()),
-            ("sweeps", (448,), (8, 128)),
-            ("leak", (256,), ()),
+            Sizes("niah", 320, only=(Only("needle", "depth", (0.0, 1.0)),)),
+            Sizes("longqa", 384),
+            Sizes("scenarios", 256, spans=(64,)),
+            Sizes("chains", 448, tasks=("hops_1", "hops_4")),
+            Sizes(
+                "sweeps", 448, spans=(8, 128),
+                only=(Only("distance", "distance", (0, 256)), Only("span_count", "spans", (1, 4))),
+            ),
+            Sizes("leak", 256, tasks=("number", "sentence", "key", "adversarial")),
         ),
-        (
-            Only("needle", "depth", (0.0, 0.5, 1.0)),
-            Only("distance", "distance", (0, 256)),
-            Only("span_count", "spans", (1, 8)),
-        ),
+        "mask;shift;zero_value;blank;erratum;repair;selective;follow;kveraser;kveraser+repair",
         50,
     )
-}
+}  # fmt: skip
 
 
 def profile_plans(
@@ -166,13 +175,19 @@ def profile_plans(
     profile = PROFILES[name]
     plans = [
         replace(
-            plan_suite(suite, None, lengths, spans or None, profile.cases if cases is None else cases),
-            only=tuple(one for one in profile.only if one.task in SUITES[suite].tasks),
+            plan_suite(
+                one.suite,
+                one.tasks or None,
+                (one.length,),
+                one.spans or None,
+                profile.cases if cases is None else cases,
+            ),
+            only=one.only,
         )
-        for suite, lengths, spans in profile.suites
-        if suite != "longqa" or dataset is not None
+        for one in profile.suites
+        if one.suite != "longqa" or dataset is not None
     ]
     without: tuple[LeftOut, ...] = ()
-    if dataset is None and any(suite == "longqa" for suite, _, _ in profile.suites):
+    if dataset is None and any(one.suite == "longqa" for one in profile.suites):
         without = (LeftOut(Cell("longqa", ALL), "no questions given: name a file or a hub dataset with --dataset"),)
     return tuple(plans), without

@@ -16,11 +16,11 @@ from kveraser.cache import EditableCache
 
 ANSWER_TOKENS = 16
 """Most tokens of a greedy answer that is judged: the accepted answers are short."""
-LEAK_TOKENS = 18
+LEAK_TOKENS = 12
 """Tokens that an answer which may give a secret away can take beside those of the secret."""
 ATTACK_TOKENS = 96
 """Room for an adversary's words."""
-CONFESSION_TOKENS = 40
+CONFESSION_TOKENS = 32
 """Most tokens of the answer to them."""
 ROW_SLOTS = 49_152
 """Most slots that are reserved for caches that are asked together: two gigabytes for the bundled backbone."""

@@ -2,7 +2,7 @@
 
 Every method edits that one cache in place, a copy is put aside, and the edit is undone; then the copies of several
 cases answer their questions in one pass. The exact reference is the same cache with the suffix prefilled again,
-compared with a fresh prefill once in every cell and batch. Definitions: docs/measures.md.
+compared with a fresh prefill in every cell's first and last batch. Definitions: docs/measures.md.
 """
 
 from __future__ import annotations

@@ -173,14 +173,21 @@ def _batches(groups: Sequence[_Group]) -> list[Work]:
         if not last or sum(len(one.cases) for one in last) >= CASES_TOGETHER or tokens > TOKENS_TOGETHER:
             batches.append([])
         batches[-1].append(group)
-    work, seen = list[Work](), set[Cell]()
-    for batch in sorted((batch for batches in cells.values() for batch in batches), key=lambda batch: batch[0].order):
-        together = [case for group in batch for case in group.cases]
-        # One of every cell, and one a batch.
-        checked = {case.case.cell: case for case in reversed(together) if case.case.cell not in seen}
-        seen |= set(checked)
-        contexts = tuple((group.context, group.cases) for group in batch)
-        work.append(Work(contexts, tuple(checked.values()) or (together[0],)))
+    ordered = sorted((batch for batches in cells.values() for batch in batches), key=lambda batch: batch[0].order)
+    cases = [[case for group in batch for case in group.cases] for batch in ordered]
+    places: dict[Cell, list[int]] = defaultdict(list)
+    for place, together in enumerate(cases):
+        for case in together:
+            places[case.case.cell].append(place)
+    work = []
+    for place, (batch, together) in enumerate(zip(ordered, cases, strict=True)):
+        # Of every cell one case where it begins and one where it ends: a fault may come with time.
+        ends = {
+            case.case.cell: case
+            for case in together
+            if place in (places[case.case.cell][0], places[case.case.cell][-1])
+        }
+        work.append(Work(tuple((group.context, group.cases) for group in batch), tuple(ends.values())))
     return work
 
 

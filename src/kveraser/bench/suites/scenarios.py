@@ -92,11 +92,11 @@ def _case(settings: SuiteSettings, cell: Cell, passages: Sequence[str], index: i
 
 
 def _asked(queries: Sequence[Query], index: int) -> tuple[Query, ...]:
-    """What the span contradicted; on every other case in turn the erased text, what was built on it, the rest."""
+    """What the span contradicted; on every third case in turn the erased text, what was built on it, the rest."""
     contradicted, *others = queries
-    if index % 2:
+    if index % 3:
         return (contradicted,)
-    kind = ("leak", "influence", "no_harm")[index // 2 % 3]
+    kind = ("leak", "influence", "no_harm")[index // 3 % 3]
     other = next(query for query in others if query.kind == kind)
     return contradicted, replace(other, accepted=())
 
