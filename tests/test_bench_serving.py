@@ -30,7 +30,7 @@ METHOD = "repair(8)"
 
 @pytest.fixture(scope="module")
 def settings(model: str) -> ServerSettings:
-    return ServerSettings(model, NO_ERASER, method=METHOD)
+    return ServerSettings(model, NO_ERASER, method=METHOD).shared(memory=64, clients=2)
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +185,21 @@ def test_a_soak_finds_a_right_server_right(server: Server, backbone: Backbone) -
     found = soak.measure(server, backbone, soak.SoakSettings(sessions=4, clients=2, seconds=1.5, load=LOAD))
     assert (found.errors, found.differences, found.unchecked) == (0, 0, 0), found
     assert found.compared > 0 and found.states >= 4 and found.sessions >= 4 and found.most_held > 0
+    assert found.foreign > 0
     everything, *kinds = found.rows
     assert everything.kind == soak.ALL and everything.count == sum(row.count for row in kinds)
     assert {"create", "ask", "erase"} <= {row.kind for row in kinds}
     assert all(row.p50_seconds <= row.p95_seconds <= row.most_seconds for row in found.rows)
+
+
+def test_what_another_client_can_get_at_is_an_error(
+    server: Server, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = server.http
+    # All clients have the first one's key.
+    monkeypatch.setattr(server, "http", lambda client=0: mine(0))
+    found = soak.measure(server, backbone, soak.SoakSettings(sessions=2, clients=2, seconds=1.5, load=LOAD))
+    assert found.foreign < found.errors and "another key's session: " in found.shown_errors[0]
 
 
 def test_what_no_client_should_get_is_a_fault(worker: Worker, server: Server) -> None:

@@ -15,6 +15,7 @@ from kveraser import cache as cache_module
 from kveraser import cache_layer as layer_module
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
+from kveraser.cache_layer import GROWTH_MULTIPLE
 from kveraser.errors import CacheError
 from kveraser.scratch_cache import splice
 from tests.tiny import distance, random_tokens, same_bits, snapshot
@@ -125,6 +126,39 @@ def test_nbytes_counts_the_slots_in_use_and_not_the_capacity(backbone: Backbone)
     once = cache.nbytes
     backbone.extend(cache, TOKENS)
     assert once == 2 * 3 * 2 * 8 * 4 * LENGTH and cache.nbytes == 2 * once
+
+
+def test_bytes_allocated_count_the_room_behind_the_slots_in_use(backbone: Backbone) -> None:
+    cache = backbone.new_cache(capacity=LENGTH)
+    assert cache.bytes_allocated == 0 and backbone.bytes_per_token == 2 * 3 * 2 * 8 * 4
+    backbone.extend(cache, TOKENS)
+    assert cache.bytes_allocated == cache.nbytes == LENGTH * backbone.bytes_per_token
+    before = snapshot(cache)
+    cache.reserve(LENGTH + 7)
+    assert cache.capacity == LENGTH + 7 and cache.bytes_allocated == (LENGTH + 7) * backbone.bytes_per_token
+    assert same_bits(snapshot(cache), before)
+    cache.reserve(3)
+    assert cache.capacity == LENGTH + 7
+    # What nobody made room for grows by half, in steps.
+    backbone.extend(cache, TOKENS[:8])
+    assert cache.capacity == GROWTH_MULTIPLE
+
+
+def test_scattered_overwrites_keep_the_slots_that_they_write_and_no_others(backbone: Backbone) -> None:
+    cache = backbone.prefill(TOKENS)
+    with cache.edit() as journal:
+        overwrite_scattered(backbone, cache)
+    assert journal.bytes == journal.bytes_written == 4 * backbone.bytes_per_token
+    assert cache.exact_length == 10
+    before = snapshot(cache)
+    slots = torch.tensor([12, 19])
+    keys, values = (torch.ones(1, 2, 2, 8) for _ in range(2))
+    with cache.edit() as journal:
+        cache.write_layer(1, slots, keys, values)
+    assert not same_bits(snapshot(cache), before)
+    assert journal.bytes == journal.bytes_written == 2 * backbone.bytes_per_token // len(cache.layers)
+    cache.revert(journal)
+    assert same_bits(snapshot(cache), before)
 
 
 # Undo

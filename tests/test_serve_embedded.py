@@ -49,6 +49,36 @@ def complete(engine: TransformersEngine, streams: list[Any]) -> None:
 # Decoding together
 
 
+@pytest.mark.parametrize("method", ["recompute", "auto"])
+def test_long_works_let_others_in_and_nothing_changes_for_either(
+    engine: TransformersEngine, held: HeldSession, method: str
+) -> None:
+    other, expected = read(engine, words(33, 26)), alone(read(engine, words(33, 26)))
+    stream: Any = engine.begin(other, GREEDY)
+    budget = 10.0 if method == "auto" else None
+
+    def worked() -> tuple[Any, Any]:
+        copy = engine.fork(held)
+        receipt = engine.erase(copy, SPAN, method, budget, True)
+        audit = engine.audit(copy, ["Where is item 3?"], ["21"])
+        return replace(receipt, seconds=0.0, audit=None), audit.probes
+
+    counted: list[int] = []
+    engine.share_time(lambda: counted.append(1), 16)
+    undisturbed = worked()
+    assert len(counted) >= 12
+
+    def step() -> None:
+        if stream.finish_reason is None:
+            engine.step([stream])
+        # What comes in between is not divided in turn.
+        assert finished(read(engine, words(40, 3)))
+
+    engine.share_time(step, 16)
+    assert worked() == undisturbed
+    assert stream.tokens == expected and stream.finish_reason is not None
+
+
 def test_it_is_an_engine(engine: TransformersEngine) -> None:
     checked: Engine = engine
     assert (checked.name, checked.max_positions) == ("tiny-llama", POSITIONS)

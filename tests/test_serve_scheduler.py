@@ -45,10 +45,15 @@ class Recording:
         self.threads: set[int] = set()
         self.broken: set[str] = set()
         self.during_step: Callable[[], None] = lambda: None
+        self.between: Callable[[], None] = lambda: None
+        self.chunk = 0
 
     def note(self, what: str) -> None:
         self.log.append(what)
         self.threads.add(threading.get_ident())
+
+    def share_time(self, between: Callable[[], None], chunk: int) -> None:
+        self.between, self.chunk = between, chunk
 
     def prefill(self, held: Context, most: int) -> int:
         self.note(f"prefill {held.name}")
@@ -401,6 +406,59 @@ def test_a_scheduler_with_nothing_to_do_does_nothing(engine: Recording, monkeypa
             for _ in range(200):
                 await asyncio.sleep(0)
         assert len(rounds) < 40
+
+    scheduled(engine, test)
+
+
+def test_a_long_work_lets_the_others_have_their_turns(engine: Recording) -> None:
+    async def test(scheduler: Scheduler) -> None:
+        assert engine.chunk == scheduler.chunk
+        first = answered(scheduler, Context("a"), 3)
+        prefill = asyncio.create_task(scheduler.prefill(Context("c", 2)))  # type: ignore[arg-type]
+        await settled()
+
+        def long() -> list[str]:
+            begun = len(engine.log)
+            for _ in range(6):
+                engine.between()
+                # What uses the model meanwhile is not interrupted in turn.
+            return engine.log[begun:]
+
+        async with held_up(scheduler):
+            second = answered(scheduler, Context("b"), 2)
+            work = asyncio.create_task(scheduler.run(long))
+            await settled()
+        during = await work
+        assert await first == "a0 a1 a2 " and await second == "b0 b1 "
+        await prefill
+        # Guard: the streams went on inside the work, together, and ended there.
+        assert "step b" in " ".join(during) and "finish b" in during
+        # From another thread nobody gets a turn.
+        before = list(engine.log)
+        await asyncio.to_thread(engine.between)
+        assert engine.log == before
+
+    scheduled(engine, test)
+
+
+def test_nobody_interrupts_who_interrupts(engine: Recording) -> None:
+    async def test(scheduler: Scheduler) -> None:
+        depth = 0
+
+        def step() -> None:
+            nonlocal depth
+            depth += 1
+            assert depth == 1
+            engine.between()
+            depth -= 1
+
+        engine.during_step = step
+        async with held_up(scheduler):
+            said = answered(scheduler, Context("a"), 2)
+            work = asyncio.create_task(scheduler.run(lambda: engine.between()))
+            await settled()
+        await work
+        assert await said == "a0 a1 "
 
     scheduled(engine, test)
 

@@ -371,6 +371,7 @@ def test_a_tool_call_id_that_comes_twice_must_be_told_by_index() -> None:
         ({"message": 3}, Message(3)),
         ({"message": -1, "keep_turn": True}, Message(-1, True)),
         ({"tool_call_id": "call_1"}, ToolCall("call_1")),
+        ({"tokens": [3, 9]}, Tokens(3, 9)),
     ],
 )
 def test_selectors_are_read_from_json(value: Any, selector: Selector) -> None:
@@ -380,7 +381,8 @@ def test_selectors_are_read_from_json(value: Any, selector: Selector) -> None:
 @pytest.mark.parametrize(
     "value",
     [None, 3, [1], [1, 2, 3], [1, "2"], [True, 2], {}, {"words": "a"}, {"text": "a", "pattern": "b"},
-     {"message": "3"}, {"message": 1.5}, {"text": ["a"]}, {"text": "a", "occurrence": "2"}, {"pattern": 3}],
+     {"message": "3"}, {"message": 1.5}, {"text": ["a"]}, {"text": "a", "occurrence": "2"}, {"pattern": 3},
+     {"tokens": 3}, {"tokens": [3]}, {"tokens": [3, 4, 5]}, {"tokens": ["3", 4]}, {"tokens": [3, 4], "end": 5}],
 )  # fmt: skip
 def test_other_json_is_refused_and_shown(value: Any) -> None:
     with pytest.raises(SpanError, match="is not a span") as raised:

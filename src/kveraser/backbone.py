@@ -55,6 +55,8 @@ class Backbone:
         self.layers: int = config.num_hidden_layers
         check_cached_equals_uncached(self.model, self.layers, self.name)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._chunk = PREFILL_CHUNK
+        self._between: Callable[[], None] | None = None
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -131,6 +133,11 @@ class Backbone:
         with self.lock:
             return detect(self.model, self.layers)
 
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that a token takes, over all layers."""
+        return self.prefill([0]).nbytes
+
     # The eraser
 
     def load_eraser(self, source: str | Path) -> Eraser:
@@ -196,8 +203,10 @@ class Backbone:
         self.check_room(cache.next_position, len(tokens))
         start = cache.length
         try:
-            for offset in range(0, len(tokens), PREFILL_CHUNK):
-                chunk = tokens[offset : offset + PREFILL_CHUNK]
+            for offset in range(0, len(tokens), self._chunk):
+                if offset:
+                    self.let_others_in()
+                chunk = tokens[offset : offset + self._chunk]
                 positions = torch.arange(len(chunk), dtype=torch.float64) + cache.next_position
                 with cache.appending(positions):
                     self.forward(chunk, cache, positions)
@@ -207,6 +216,27 @@ class Backbone:
             if cache.length > start:
                 cache.truncate(start)
             raise
+
+    @contextmanager
+    def sharing(self, between: Callable[[], None], chunk: int) -> Iterator[None]:
+        """Inside, `between` is called between the passes of prefills, scoring and greedy answers.
+
+        It may use the backbone on other caches than theirs. It is never called while the eraser is on.
+
+        Args:
+            chunk: most tokens of a pass in which a prefill runs.
+        """
+        before = self._between, self._chunk
+        self._between, self._chunk = between, chunk
+        try:
+            yield
+        finally:
+            self._between, self._chunk = before
+
+    def let_others_in(self) -> None:
+        """Between two passes: call what `sharing` was given, if anything."""
+        if self._between is not None:
+            self._between()
 
     def prefill(self, tokens: Sequence[int], progress: Progress | None = None) -> EditableCache:
         """A new cache of `tokens` at positions 0, 1, ...: the exact reference that everything is measured against."""

@@ -176,6 +176,21 @@ class EditableCache(Cache):
             for states in pair
         )
 
+    @property
+    def capacity(self) -> int:
+        """Slots that there is room for before the buffers grow."""
+        return self.layers[0].capacity
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the buffers, over all layers: those of slots in use, and of the room behind them."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` in all. Appends beyond the capacity would grow the buffers by half."""
+        for layer in self.layers:
+            layer.reserve(slots, exactly=True)
+
     def read(self, start: int, end: int) -> list[KeyValue]:
         """Views of slots `[start, end)` of every layer: keys and values `[batch, kv_heads, end - start, head_dim]`."""
         self._check_range(start, end)
@@ -395,7 +410,7 @@ class EditableCache(Cache):
         for step in reversed(journal.steps):
             start, end = step.start, step.end
             for layer in self.layers:
-                layer.reserve(step.length)
+                layer.reserve(step.length, exactly=True)
             if step.kind == "drop":
                 self._move_back(step)
             self._set_length(step.length)

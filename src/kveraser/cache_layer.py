@@ -47,12 +47,16 @@ class EditableLayer(CacheLayerMixin):
         self.capacity = self.limit = keys.shape[2]
         self.length, self.is_initialized = length, True
 
-    def reserve(self, slots: int) -> None:
-        """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortised constant time."""
+    def reserve(self, slots: int, exactly: bool = False) -> None:
+        """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortised constant time.
+
+        Args:
+            exactly: no more than that.
+        """
         if slots <= self.capacity:
             return
-        wanted = max(slots, int(self.capacity * GROWTH_FACTOR))
-        self.capacity = -(-wanted // GROWTH_MULTIPLE) * GROWTH_MULTIPLE
+        wanted = slots if exactly else max(slots, int(self.capacity * GROWTH_FACTOR))
+        self.capacity = wanted if exactly else -(-wanted // GROWTH_MULTIPLE) * GROWTH_MULTIPLE
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
             for name, old in (("keys", self.keys), ("values", self.values)):

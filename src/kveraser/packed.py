@@ -84,6 +84,7 @@ def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pai
     with rewound(cache):
         mask = backbone.attention_mask(packed.visible)
         logits = backbone.logits(cache, packed.tokens, packed.kept, packed.positions, mask)
+    backbone.let_others_in()
     return list(logits.log_softmax(dim=-1).split([len(answer) for _, answer in pairs]))
 
 
@@ -113,6 +114,7 @@ def greedy_together(
                     feed[place] = [token]
             if not feed:
                 break
+            backbone.let_others_in()
     return answers
 
 

@@ -338,7 +338,8 @@ def merge(spans: Iterable[Span]) -> list[Span]:
 
 
 def selector_from_json(value: Any) -> Selector:
-    """A selector as case files write it: a text, `[start, end]` in characters, or an object such as `{"message": 3}`.
+    """A selector as case files write it: a text, `[start, end]` in characters, or an object such as `{"message": 3}`
+    or `{"tokens": [12, 40]}`.
 
     Raises:
         SpanError: none of these forms.
@@ -348,14 +349,16 @@ def selector_from_json(value: Any) -> Selector:
     if isinstance(value, list) and len(value) == 2 and all(type(bound) is int for bound in value):
         return Characters(*value)
     forms: dict[str, type[Any]] = {
-        "text": Text, "pattern": Pattern, "message": Message, "tool_call_id": ToolCall,
+        "text": Text, "pattern": Pattern, "message": Message, "tool_call_id": ToolCall, "tokens": Tokens,
     }  # fmt: skip
     if isinstance(value, Mapping):
         for key, form in forms.items():
             if key in value:
                 options = {name: option for name, option in value.items() if name != key}
+                # A range takes two numbers, everything else one value.
+                given = value[key] if form is Tokens and isinstance(value[key], list) else [value[key]]
                 try:
-                    selector: Selector = form(value[key], **options)
+                    selector: Selector = form(*given, **options)
                 except (TypeError, SpanError) as error:
                     raise SpanError(f"{_shorten(repr(dict(value)), 200)} is not a span: {error}") from error
                 return selector

@@ -211,11 +211,11 @@ def _run_length(
         for method in methods:
             before = _decode(backbone, cache)
             # Decoding may have grown the buffers; what the erase itself allocates counts from here.
-            capacity = _capacity_bytes(cache)
+            allocated = cache.bytes_allocated
             peak = _watch_memory(backbone)
             with cache.edit() as journal:
                 seconds, erased = _timed(backbone, partial(method, backbone, cache, tokens, span))
-            grown = _capacity_bytes(cache) - capacity
+            grown = cache.bytes_allocated - allocated
             with rewound(cache):
                 answering, _ = _timed(backbone, partial(_first_token, backbone, cache, task.question))
             risen = peak()
@@ -312,10 +312,6 @@ def _decode(backbone: Backbone, cache: EditableCache) -> float:
     with rewound(cache):
         steps = [_timed(backbone, lambda: backbone.logits(cache, [0]))[0] for _ in range(DECODED_TOKENS)]
     return statistics.median(steps)
-
-
-def _capacity_bytes(cache: EditableCache) -> int:
-    return cache.nbytes // max(cache.length, 1) * cache.layers[0].capacity
 
 
 def _watch_memory(backbone: Backbone) -> Callable[[], int | None]:

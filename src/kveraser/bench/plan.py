@@ -150,7 +150,7 @@ PROFILES = {
                 "sweeps", 448, spans=(8, 128),
                 only=(Only("distance", "distance", (0, 256)), Only("span_count", "spans", (1, 4))),
             ),
-            Sizes("leak", 256, tasks=("number", "sentence", "key", "adversarial")),
+            Sizes("leak", 256, tasks=("key", "adversarial")),
         ),
         "mask;shift;zero_value;blank;erratum;repair;selective;follow;kveraser;kveraser+repair",
         50,

@@ -34,7 +34,7 @@ LEAST_KEPT = 16
 COPIED_PER_KEPT = 16
 """A branch that keeps less than this part of a context is prefilled afresh instead of copying it."""
 
-ANSWER_TOKENS = 256
+ANSWER_TOKENS = 64
 """Room that is reserved for an answer, and again whenever it has grown by as much."""
 
 
@@ -120,15 +120,12 @@ class Conversations:
         named = None if method in (None, "auto") else make_method(str(method))
         exactly = erasing.max_kl == 0 if named is None else named.is_reference
         asked = _Asked(owner, reading, wanted, erasing, method, exactly, source)
-        room = min(sampling.max_tokens or ANSWER_TOKENS, ANSWER_TOKENS)
-        entry, what, kept = await self._prepared(asked, room)
+        entry, what, kept = await self._prepared(asked)
         try:
             held = entry.held
             assert held is not None
             await self.scheduler.prefill(held)
             exact, size = await self.scheduler.run(lambda: (held.exact, held.nbytes))
-            # Before the first context was measured nothing could be reserved.
-            self.store.learn(size, len(wanted))
             entry.reserved = max(entry.reserved, size - entry.bytes)
             entry.exact_wanted |= erasing.now_then_exact
             what = replace(what, exact=exact, exact_pending=entry.exact_wanted and not exact)
@@ -152,26 +149,27 @@ class Conversations:
         try:
             await self.store.reserve(entry, tokens)
         except ServeError:
-            entry.reserved = int(tokens * self.store.bytes_per_token)
+            entry.reserved = self.store.size(tokens)
 
     # Choosing a context
 
-    async def _prepared(self, asked: _Asked, room: int) -> tuple[Entry, Happened, int]:
-        """A locked context that holds the request's tokens, the new ones pending; what was done; and tokens kept.
-
-        Args:
-            room: tokens to make room for behind them.
-        """
+    async def _prepared(self, asked: _Asked) -> tuple[Entry, Happened, int]:
+        """A locked context that holds the request's tokens, the new ones pending; what was done; and tokens kept."""
         reading, size = asked.reading, len(asked.wanted)
         plan = await self._chosen(asked)
         if plan is not None:
             entry = plan.entry
             try:
                 await self.store.awake(entry)
+                added, undo = size - plan.kept, 0
+                if plan.removed:
+                    # Until an erase is done it can be undone; `auto` compares with two prefills.
+                    undo = entry.bytes
+                    added += 2 * plan.held if asked.method == "auto" or asked.erasing.max_kl is not None else 0
                 if plan.branches:
-                    entry = await self._branch(plan, size - plan.kept + room)
+                    entry = await self._branch(plan, added, undo)
                 else:
-                    await self.store.reserve(entry, size - plan.kept + room)
+                    await self.store.reserve(entry, added, undo)
                 receipts, kept = await self.scheduler.run(self._edit(entry, plan, asked))
             except (SessionGone, _Unusable):
                 await self.background.surely(self._release(entry, None))
@@ -184,7 +182,7 @@ class Conversations:
         await entry.lock.acquire()
         entry.source = asked.source
         try:
-            await self.store.reserve(entry, size + room)
+            await self.store.reserve(entry, size)
             entry.held = await self.scheduler.run(lambda: self.engine.hold(reading.rest(0)))
         except BaseException:
             await self.background.surely(self._release(entry, None))
@@ -229,7 +227,7 @@ class Conversations:
                 plans.append((plan.kept - self.span_tokens * len(plan.removed), entry.used, plan))
         return [plan for *_, plan in sorted(plans, key=lambda ranked: ranked[:2], reverse=True)]
 
-    async def _branch(self, plan: Plan, tokens: int) -> Entry:
+    async def _branch(self, plan: Plan, tokens: int, more: int) -> Entry:
         """A copy of the plan's context, locked; the context is free again, as it was."""
         origin = plan.entry
         held = origin.held
@@ -237,7 +235,7 @@ class Conversations:
         entry = self.store.enter(origin.owner, "conversation", origin.ttl)
         await entry.lock.acquire()
         try:
-            await self.store.reserve(entry, tokens, origin.bytes)
+            await self.store.reserve(entry, tokens, origin.bytes + more)
             entry.held = await self.scheduler.run(lambda: self.engine.fork(held))
         except BaseException:
             await self.background.surely(self._release(entry, None))
@@ -331,7 +329,7 @@ class Conversations:
         """
         held, revision, loop = entry.held, entry.revision, asyncio.get_running_loop()
         assert held is not None
-        copy_bytes = int(entry.measured.live_tokens * self.store.bytes_per_token)
+        copy_bytes = self.store.size(entry.measured.live_tokens)
         if self.store.bytes_held + copy_bytes > self.store.limits.memory_bytes:
             return
         entry.copy_bytes = copy_bytes

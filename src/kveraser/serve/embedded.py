@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from kveraser.backbone import Backbone
+from kveraser.backbone import PREFILL_CHUNK, Backbone
 from kveraser.decode import AnswerText, Decoding, end_tokens
 from kveraser.errors import EraserError, InputError, RotationError, SessionError
 from kveraser.methods import METHODS, default_method, make_method
@@ -17,7 +17,7 @@ from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
 from kveraser.serve.batch import can_step_together, step_together
 from kveraser.serve.engine import Held, Rendered, Sampling, Step, Stream, TokenLogprob
-from kveraser.serve.held import ANSWER_ROOM, HeldSession
+from kveraser.serve.held import ANSWER_ROOM, NOTICE_ROOM, HeldSession
 from kveraser.serve.sampling import Sampler
 from kveraser.session import Session
 from kveraser.spans import Span, Tokens, Transcript
@@ -87,8 +87,15 @@ class TransformersEngine:
     def __init__(self, backbone: Backbone, method: str | None = None) -> None:
         self.backbone, self.method = backbone, method
         self.name, self.tokenizer, self.max_positions = backbone.name, backbone.tokenizer, backbone.max_positions
+        self.bytes_per_token, self.spare_tokens = backbone.bytes_per_token, NOTICE_ROOM + ANSWER_ROOM
+        self._between: Callable[[], None] = lambda: None
+        self._chunk = PREFILL_CHUNK
         self._together = can_step_together(backbone)
         self._vocabulary: int = backbone.model.get_input_embeddings().num_embeddings
+
+    def share_time(self, between: Callable[[], None], chunk: int) -> None:
+        """Audits and erases let others in, wherever they prefill, score or answer."""
+        self._between, self._chunk = between, chunk
 
     def methods(self) -> list[str]:
         """Those that serve this backbone, with the eraser that it has loaded."""
@@ -148,7 +155,9 @@ class TransformersEngine:
         if chosen == "auto":
             # Its audits compare with all live tokens.
             session.run_pending(1)
-        receipt = session.erase([Tokens(span.start, span.end) for span in spans], chosen, max_kl=max_kl)
+        session.make_room(NOTICE_ROOM)
+        with self.backbone.sharing(self._between, self._chunk):
+            receipt = session.erase([Tokens(span.start, span.end) for span in spans], chosen, max_kl=max_kl)
         if not undoable:
             session.forget_undo(0)
             session.receipts[-1] = receipt = replace(receipt, undo_bytes=0)
@@ -174,7 +183,8 @@ class TransformersEngine:
         """As `Session.audit`."""
         session = _own(held)
         session.run_pending(session.pending)
-        return session.audit(probes, secrets=secrets)
+        with self.backbone.sharing(self._between, self._chunk):
+            return session.audit(probes, secrets=secrets)
 
     def begin(self, held: Held, sampling: Sampling) -> Stream:
         """Where nothing is pending, the last token is run once more.
@@ -193,6 +203,8 @@ class TransformersEngine:
             raise SessionError(f"an answer has ended ({ended[0].finish_reason}): finish it, and begin another")
         caches, tokens = [answer.held.cache for answer in answers], [answer.feed for answer in answers]
         lengths = [cache.length for cache in caches]
+        for answer in answers:
+            answer.held.make_room(1)
         try:
             if self._together and len(answers) > 1:
                 logits = step_together(self.backbone, caches, tokens)

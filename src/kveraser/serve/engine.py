@@ -6,7 +6,7 @@ runs the backbone itself (`kveraser.serve.embedded`); another may drive a separa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,7 +107,7 @@ class Held(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held, those kept for undo included."""
+        """Bytes of memory that it takes: buffers whole, and what undo keeps."""
 
 
 class Stream(Protocol):
@@ -132,6 +132,16 @@ class Engine(Protocol):
     name: str
     tokenizer: Any
     max_positions: int | None
+    bytes_per_token: int
+    """Of keys and values."""
+    spare_tokens: int
+    """What a context may have room for beside its tokens, at most."""
+
+    def share_time(self, between: Callable[[], None], chunk: int) -> None:
+        """Call `between` between the passes of long works, which prefill in chunks of `chunk` tokens.
+
+        It may use other contexts than the work's, on the same thread.
+        """
 
     def methods(self) -> Sequence[str]:
         """Methods that it can erase by; first the one that it takes where no method is named."""

@@ -13,8 +13,10 @@ from kveraser.methods import METHODS, NOT_LIVE
 from kveraser.serve.engine import Rendered
 from kveraser.session import Session
 
-ANSWER_ROOM = 256
-"""Slots that a new context gets beside those of its text, so that its first answer moves nothing."""
+ANSWER_ROOM = 64
+"""Slots that a context gets beside those of its text, so that an answer rarely moves anything."""
+NOTICE_ROOM = 64
+"""Slots that the words of a method may take."""
 
 
 class HeldSession(Session):
@@ -46,8 +48,10 @@ class HeldSession(Session):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held, those kept for undo included."""
-        return self.cache.nbytes + sum(marks.journal.bytes for marks in self._history if marks.journal is not None)
+        """Bytes of the buffers for keys and values, and of what undo keeps."""
+        return self.cache.bytes_allocated + sum(
+            marks.journal.bytes for marks in self._history if marks.journal is not None
+        )
 
     def pending_places(self, most: int) -> list[int]:
         """Where the first `most` pending tokens stand in the transcript."""
@@ -79,6 +83,11 @@ class HeldSession(Session):
         transcript.messages += [chat.moved(message, base) for message in text.messages]
         self.turn_open = self.turn_open and not text.messages
 
+    def make_room(self, tokens: int) -> None:
+        """Room for `tokens` more in the cache; if there is less, for an answer as well."""
+        if self.cache.capacity < self.cache.length + tokens:
+            self.cache.reserve(self.cache.length + tokens + ANSWER_ROOM)
+
     def run_pending(self, most: int) -> None:
         """Run the first `most` pending tokens.
 
@@ -88,6 +97,7 @@ class HeldSession(Session):
         self._check_idle()
         places = self.pending_places(most)
         if places:
+            self.make_room(self.pending)
             self.backbone.extend(self.cache, [self.transcript.tokens[place] for place in places])
             self.slots += places
 

@@ -1,7 +1,8 @@
 """The engine's owner thread: it takes turns between requests, so that all get on and none waits for a whole other one.
 
 A turn is what was asked for between turns (for a short while), a chunk of one prefill, and one decode step of all
-running streams together. Requests talk to it from asyncio; nothing else may touch the engine.
+running streams together. A long work, such as an audit, lets the others have their turn between two of its passes.
+Requests talk to it from asyncio; nothing else may touch the engine.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class Scheduler:
         self._answers: deque[_Answer] = deque()
         self._running: list[_Answer] = []
         self._idle: deque[Callable[[], bool]] = deque()
-        self._closing = False
+        self._closing = self._sharing = False
+        engine.share_time(self._share, chunk)
         self._thread = threading.Thread(target=self._run, name="kveraser-engine", daemon=True)
         self._thread.start()
 
@@ -247,15 +249,33 @@ class Scheduler:
 
     def _turn(self) -> None:
         started = time.monotonic()
+        self._end_cancelled()
+        self._work(until=started + WORK_SECONDS)
+        self._advance()
+        self.turn_seconds += SMOOTHING * (time.monotonic() - started - self.turn_seconds)
+
+    def _share(self) -> None:
+        """A turn of all others, between two passes of a work. Contexts that works use have no jobs of their own."""
+        if self._sharing or threading.current_thread() is not self._thread:
+            return
+        self._sharing = True
+        try:
+            self._end_cancelled()
+            self._advance()
+        finally:
+            self._sharing = False
+
+    def _end_cancelled(self) -> None:
         for answer in [answer for answer in self._running if answer.cancelled]:
             self._end(answer)
-        self._work(until=started + WORK_SECONDS)
+
+    def _advance(self) -> None:
+        """A chunk of a prefill, and a step of all streams."""
         self._prefill_chunk()
         while len(self._running) < self.most_streams and (begun := self._take(self._answers)) is not None:
             self._begin(begun)
         if self._running:
             self._decode_step(list(self._running))
-        self.turn_seconds += SMOOTHING * (time.monotonic() - started - self.turn_seconds)
 
     def _work(self, until: float) -> None:
         while (job := self._take(self._works)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from kveraser import chat
@@ -78,7 +79,7 @@ class Sessions:
         entry.turn_open = turn_open
         try:
             async with entry.lock:
-                await self.store.reserve(entry, len(rendered.tokens) + ANSWER_TOKENS)
+                await self.store.reserve(entry, len(rendered.tokens))
                 held = entry.held = await self.scheduler.run(lambda: self.engine.hold(rendered))
                 await self.scheduler.prefill(held)
                 await self.store.settle(entry)
@@ -188,7 +189,9 @@ class Sessions:
         selectors = read_selectors(what)
 
         async def erase(entry: Entry, held: Held) -> dict[str, Any]:
-            await self.store.reserve(entry, ANSWER_TOKENS)
+            # Undo keeps as much as the erase changes; `auto` compares with two prefills.
+            compared = 2 * entry.measured.tokens if method == "auto" or max_kl is not None else 0
+            await self.store.reserve(entry, compared, entry.bytes)
 
             def work() -> dict[str, Any]:
                 spans = resolve(held.transcript, selectors)
@@ -305,9 +308,7 @@ class Sessions:
             prompt = added_text(self.tokenizer, text)
             live, before = entry.measured.live_tokens, len(held.transcript.text)
             self._check_room(live + 1, len(prompt.tokens))
-            await self.store.reserve(
-                entry, len(prompt.tokens) + min(sampling.max_tokens or ANSWER_TOKENS, ANSWER_TOKENS)
-            )
+            await self.store.reserve(entry, len(prompt.tokens))
             async with self._or_as_before(entry, held, always=not keep):
                 await self._add(held, prompt)
                 what = Happened("append", id, prefilled_tokens=len(prompt.tokens), exact=entry.measured.exact)
@@ -381,6 +382,8 @@ class Sessions:
             # Not by truncating: that would leave the last token run that waited before, and a later erase would differ.
             if held.undo_steps > steps:
                 self.engine.undo(held, held.undo_steps - steps)
+            # Buffers that have grown stay.
+            entry.measured = replace(entry.measured, bytes=held.nbytes)
 
         try:
             yield

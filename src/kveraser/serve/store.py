@@ -50,7 +50,6 @@ class Store:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         self.gone: dict[str, Acknowledged] = {}
-        self.bytes_per_token = 0.0
         self._freed = asyncio.Event()
         self._behind: asyncio.Task[None] | None = None
         self.ledger: Ledger | None = None
@@ -134,9 +133,6 @@ class Store:
         assert held is not None
         entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
         entry.used, entry.reserved = self.clock(), 0
-        if entry.measured.live_tokens == entry.measured.tokens:
-            # Where something was erased, the bytes are more than those of live tokens: what undo keeps counts too.
-            self.learn(entry.measured.bytes, entry.measured.live_tokens)
         if not changed:
             return
         entry.revision += 1
@@ -180,18 +176,18 @@ class Store:
         """Bytes of snapshots on disk."""
         return sum(entry.snapshot_bytes for entry in self.entries.values())
 
-    def learn(self, bytes: int, tokens: int) -> None:
-        """What contexts take, from one of so many bytes and tokens."""
-        self.bytes_per_token = max(self.bytes_per_token, bytes / max(1, tokens))
+    def size(self, tokens: int) -> int:
+        """Bytes that a context of so many tokens may take."""
+        return (tokens + self.engine.spare_tokens) * self.engine.bytes_per_token
 
     async def reserve(self, entry: Entry, tokens: int, more: int = 0) -> None:
-        """Make room for `tokens` more tokens of a context and `more` bytes, by putting away what was used longest ago.
+        """Make room for `tokens` more of a context, its spare room and `more` bytes: what was used longest ago goes.
 
         Raises:
             OutOfSpace: it can't fit, whatever goes.
             Overloaded: it can when others are done, and none was for a while.
         """
-        wanted = int(tokens * self.bytes_per_token) + more
+        wanted = self.size(tokens) + more
         try:
             needed = entry.bytes + wanted
             if needed > self.limits.memory_bytes:

@@ -89,7 +89,7 @@ def run(
             if name == "crashes":
                 measured.crashes = crashes.measure(server, folder, backbone, settings.crashes, told(name))
             elif name == "soak":
-                with Server(server.with_memory(settings.soak.memory), folder) as running:
+                with Server(server.shared(settings.soak.memory, settings.soak.clients), folder) as running:
                     measured.soak = soak.measure(running, backbone, settings.soak, told(name))
             else:
                 with Server(server, folder) as running:

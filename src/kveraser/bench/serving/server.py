@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -29,6 +31,7 @@ START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.05
 REQUEST_SECONDS = 600.0
+KEYS_VARIABLE = "KVERASER_API_KEYS"
 SHOWN_LOG = 2000
 
 
@@ -40,6 +43,7 @@ class ServerSettings:
         model, eraser, device, dtype: as the command takes them.
         method: how it erases; None: its own choice.
         memory: budget for contexts in MiB; None: its own.
+        keys: API keys that it knows; none: it asks for none.
     """
 
     model: str
@@ -48,6 +52,7 @@ class ServerSettings:
     dtype: str | None = None
     method: str | None = None
     memory: float | None = None
+    keys: tuple[str, ...] = ()
 
     def arguments(self, port: int, folder: Path) -> list[str]:
         """The command line behind `kveraser serve`."""
@@ -58,9 +63,9 @@ class ServerSettings:
         }  # fmt: skip
         return [part for name, value in named.items() if value is not None for part in (name, str(value))]
 
-    def with_memory(self, memory: float) -> ServerSettings:
-        """The same with another budget, in MiB."""
-        return replace(self, memory=memory)
+    def shared(self, memory: float, clients: int) -> ServerSettings:
+        """The same with another budget, in MiB, and a key for each of several clients."""
+        return replace(self, memory=memory, keys=tuple(secrets.token_hex(16) for _ in range(clients)))
 
 
 class Server:
@@ -79,10 +84,11 @@ class Server:
         with socket.create_server((HOST, 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://{HOST}:{port}"
-        self._log = folder / "server.log"
+        self.keys, self._log = settings.keys, folder / "server.log"
+        environment = {**os.environ, KEYS_VARIABLE: ",".join(settings.keys)} if settings.keys else None
         line = [*command, *settings.arguments(port, folder / "sessions")]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             self._wait()
         except BaseException:
@@ -129,17 +135,23 @@ class Server:
 
     # Clients
 
-    def http(self) -> httpx2.Client:
-        """For the routes of sessions, which OpenAI's client does not know."""
+    def http(self, client: int = 0) -> httpx2.Client:
+        """For the routes of sessions, which OpenAI's client does not know.
+
+        Args:
+            client: whose key it has, by number.
+        """
         import httpx2
 
-        return httpx2.Client(base_url=self.url, timeout=REQUEST_SECONDS)
+        headers = {"authorization": f"Bearer {self.keys[client % len(self.keys)]}"} if self.keys else {}
+        return httpx2.Client(base_url=self.url, timeout=REQUEST_SECONDS, headers=headers)
 
     def client(self) -> openai.OpenAI:
         """OpenAI's own client. It asks once: a second try would be timed as well."""
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=REQUEST_SECONDS)
+        key = self.keys[0] if self.keys else "unused"
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=REQUEST_SECONDS)
 
     def model(self) -> str:
         """The name by which the model is asked for."""

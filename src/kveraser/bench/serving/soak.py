@@ -21,6 +21,7 @@ from kveraser.bench.serving.server import Server, numbers
 
 ALL = "all"
 WATCH_SECONDS = 0.2
+NOT_FOUND = 404
 SHOWN = 20
 """Errors and differences that a result lists; all are counted."""
 
@@ -65,6 +66,7 @@ class SoakResult:
         compared: greedy answers that were compared with the same operations run alone; `ties` of them differ where two
             tokens are equally likely, and `unchecked` could not be compared since such an answer was kept.
         states: sessions whose live text was compared at the end.
+        foreign: requests with the key of another client than the session's, told that there is no such session.
         differences: answers, refusals and texts that differ otherwise; the first of them in `shown_differences`.
         largest: the largest difference of an answer token's log-probability, in nats.
         waits: how often a client was asked to come back later.
@@ -81,6 +83,7 @@ class SoakResult:
     ties: int
     unchecked: int
     states: int
+    foreign: int
     differences: int
     shown_differences: tuple[dict[str, Any], ...]
     largest: float
@@ -105,7 +108,7 @@ def measure(
     for number, share in enumerate(shares):
         # Tokenizers are not to be shared between threads.
         tokenizer, random = copy.deepcopy(backbone.tokenizer), Random(f"{settings.seed}/{number}")
-        workers.append(Worker(server.http(), tokenizer, random, settings.load, share))
+        workers.append(Worker(server.http(number), tokenizer, random, settings.load, share))
     errors, started, over = list[str](), list[float](), Event()
     ready = Barrier(len(workers), lambda: started.append(time.perf_counter()))
 
@@ -128,15 +131,25 @@ def measure(
                 errors.append(f"{type(error).__name__}: {error}")
                 return
 
-    held, spilled = [0.0], [0.0]
+    held, spilled, foreign = [0.0], [0.0], [0]
 
     def watch() -> None:
+        random = Random(f"{settings.seed}/foreign")
         with server.http() as client:
             while not over.wait(WATCH_SECONDS):
                 with suppress(TransportError):
                     seen = numbers(client)
                     held.append(seen["kveraser_bytes_held"])
                     spilled.append(seen["kveraser_bytes_spilled"])
+                    # Of the first client, which asks here, nothing is foreign.
+                    others = [session for worker in workers[1:] for session in list(worker.sessions)]
+                    if others and len(server.keys) > 1:
+                        path = random.choice(others).path
+                        verb, path = random.choice((("GET", path), ("POST", f"{path}/undo"), ("POST", f"{path}/audit")))
+                        status = client.request(verb, path, json={} if verb == "POST" else None).status_code
+                        foreign[0] += status == NOT_FOUND
+                        if status != NOT_FOUND:
+                            errors.append(f"{verb} of another key's session: {status}")
 
     report(f"{settings.sessions} sessions of {settings.clients} clients for {settings.seconds:g} seconds")
     with ThreadPoolExecutor(len(workers) + 1) as threads:
@@ -164,6 +177,7 @@ def measure(
         ties=sum(one.ties for one in alone),
         unchecked=sum(one.unchecked for one in alone),
         states=states,
+        foreign=foreign[0],
         differences=len(differences),
         shown_differences=tuple(asdict(difference) for difference in differences[:SHOWN]),
         largest=max((one.largest for one in alone), default=0.0),
