@@ -9,7 +9,6 @@ WORKERS ?= 2
 CORPUS ?= wikimedia/wikipedia
 CASES ?= 2
 DATASET ?=
-SUITE_CASES ?= 50
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -30,7 +29,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
-	@echo "make results-suites  measure all suites and methods again, and draw the figures (40 minutes on 2 cores; resumes)"
+	@echo "make results-suites  measure all suites and methods again, and draw the figures (45 minutes on 2 cores; resumes)"
 	@echo "make results-serving  measure the server again: edited histories, streams, a soak, kills (40 minutes on 2 cores)"
 	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
@@ -88,7 +87,7 @@ results-suites: $(BACKBONE)
 	@$(BIN)/kveraser bench sharing --lengths 384 --methods "mask;shift;repair(32);kveraser" --json >docs/results/sharing.json.part
 	@mv docs/results/sharing.json.part docs/results/sharing.json
 	@echo "Measuring: all suites"
-	@$(BIN)/kveraser bench quality --profile cpu --cases $(SUITE_CASES) $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
+	@$(BIN)/kveraser bench quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
 		>docs/results/profile.json.part
 	@mv docs/results/profile.json.part docs/results/profile.json
 	@$(BIN)/python -m kveraser.bench.tables

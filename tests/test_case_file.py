@@ -140,6 +140,8 @@ def test_an_answer_may_stand_in_the_question_or_be_yes_or_no(read: Read) -> None
         ({"context": ..., "messages": CHAT, "erase": "opens at six"}, "'opens at six' is not in the context"),
         ({"context": ..., "messages": CHAT, "erase": {"message": True}}, "index is True"),
         ({"context": ..., "messages": []}, "messages is empty"),
+        ({"context": ..., "messages": CHAT, "erase": {"message": 2}, "answers": ["ten"]}, "none of the answers 'ten'"),
+        ({"context": ..., "messages": CHAT, "erase": "at ten", "answers": ["noon"]}, "none of the answers 'noon'"),
         ({"context": ..., "messages": [{"content": "a"}]}, "message 0 has no role"),
     ],
 )
@@ -179,3 +181,6 @@ def test_a_text_that_only_the_template_shows_is_left_to_the_run(read: Read) -> N
     messages = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
     (case,) = read({"messages": messages, "erase": "north", "question": "When?", "answers": ["nine"]})
     assert case.erase == (Text("north"),)
+    # So is an answer, where what is erased is.
+    (case,) = read({"messages": CHAT, "erase": {"pattern": "t.n"}, "question": "When?", "answers": ["ten"]})
+    assert case.queries[0].accepted == ("ten",)

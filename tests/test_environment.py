@@ -65,6 +65,7 @@ def test_it_says_what_was_measured_and_by_what(backbone: Backbone, monkeypatch: 
     attach_random_eraser(erasing)
     said = environment(erasing)
     assert (plain["backbone"], plain["eraser"], plain["dtype"]) == ("tiny-llama", None, "float32")
+    assert plain["backbone_fingerprint"] == backbone.fingerprint
     assert (plain["device"], plain["threads"], plain["commit"]) == ("cpu", torch.get_num_threads(), "c0ffee")
     assert plain["versions"]["torch"] == torch.__version__
     assert erasing.eraser is not None and said["eraser"]["name"] == erasing.eraser.name

@@ -26,7 +26,8 @@ from kveraser.errors import InputError
 METHODS = ["none", "recompute", "mask", "repair(window=8)", "repair(window=32)"]
 HOSTILE = '</script><b id="injected">bold</b><img src="https://example.org/x"> & {{script}} $\\frac$'
 ENVIRONMENT: dict[str, Any] = {
-    "commit": "84278b3", "backbone": "tiny", "eraser": {"name": "small", "slots": 0}, "dtype": "float32",
+    "commit": "84278b3", "backbone": "tiny", "backbone_fingerprint": "c0ffee", "dtype": "float32",
+    "eraser": {"name": "small", "slots": 0},
     "device": "cpu", "threads": 1, "machine": "x86_64", "versions": {"kveraser": "0.1.0", "torch": "2.6"},
 }  # fmt: skip
 
@@ -260,6 +261,7 @@ def test_runs_of_different_suites_are_merged(tmp_path: Path) -> None:
     ("changes", "key", "values"),
     [
         ({"backbone": "big"}, "backbone", ("tiny", "big")),
+        ({"backbone_fingerprint": "decaf"}, "backbone_fingerprint", ("c0ffee", "decaf")),
         ({"eraser": {"name": "small", "slots": 4}}, "eraser.slots", ("0", "4")),
         ({"eraser": None}, "eraser", ("small", "None")),
         ({"dtype": "bfloat16"}, "dtype", ("float32", "bfloat16")),
@@ -276,6 +278,12 @@ def test_runs_that_differ_are_refused_by_key(
     with pytest.raises(InputError, match=f"{key} is ") as refused:
         read([one, other])
     assert all(value in str(refused.value) for value in values)
+
+
+def test_results_that_know_no_fingerprint_are_told_apart_by_the_name(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", [cell("first")])
+    other = write_run(tmp_path / "two", [cell("second")], backbone_fingerprint=None)
+    assert read([one, other]).suites == ["first", "second"]
 
 
 def test_methods_in_another_order_are_the_same_methods(tmp_path: Path) -> None:

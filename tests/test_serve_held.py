@@ -182,6 +182,26 @@ def test_a_wiped_context_is_nowhere(engine: TransformersEngine) -> None:
 def test_bytes_count_what_undo_holds(engine: TransformersEngine, held: HeldSession) -> None:
     before = held.nbytes
     receipt = engine.erase(held, SPAN, "mask", None, True)
-    assert receipt.undo_bytes > 0 and held.nbytes == before
+    # Slots that are free again are still there.
+    assert receipt.undo_bytes > 0 and held.nbytes == before + receipt.undo_bytes
     engine.forget_undo(held, 0)
-    assert held.nbytes == before - receipt.undo_bytes
+    assert held.nbytes == before == held.cache.capacity * held.backbone.bytes_per_token
+
+
+def test_a_context_takes_what_was_set_aside_for_it_and_no_more(engine: TransformersEngine) -> None:
+    def most(tokens: int) -> int:
+        return (tokens + engine.spare_tokens) * engine.bytes_per_token
+
+    held = read(engine, words(300, 4))
+    assert 300 * engine.bytes_per_token <= held.nbytes <= most(300)
+    for seed in range(4):
+        # Buffers that grow by themselves would grow by half.
+        engine.append(held, words(60, seed))
+        while engine.prefill(held, 50):
+            pass
+        assert held.nbytes <= most(len(held.transcript.tokens))
+    said = answer(engine, held, keep=True)
+    assert held.nbytes <= most(540 + len(said))
+    forked = engine.fork(held)
+    receipt = engine.erase(forked, SPAN, "erratum", None, False)
+    assert receipt.recomputed > 0 and forked.nbytes <= most(540 + len(said) + receipt.recomputed)

@@ -437,6 +437,7 @@ def test_with_a_full_disk_sessions_go_on_in_memory(tmp_path: Path, monkeypatch: 
             service.store.limits = replace(service.store.limits, memory_bytes=int(room))
             with pytest.raises(OutOfSpace, match="can be put on disk"):
                 await chat(service, conversation(9))
+            service.store.limits = replace(service.store.limits, memory_bytes=int(2 * room))
             assert await asked(service, one.id) == expected
             assert await service.erase("ada", two.id, "Ada", "mask") is not None
         # What had no snapshot is gone, as it was told.

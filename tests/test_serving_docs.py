@@ -432,11 +432,11 @@ def test_every_form_of_a_span(served: Served) -> None:
             erased.append(receipt["text"])
             view = client.get(f"/sessions/{copy}", params={"contents": True}).json()
             assert view["tokens"] - view["live_tokens"] == receipt["erased"] > 0
-    text, second, pattern, messages, kept, call, characters = erased
+    text, second, pattern, messages, kept, call, characters, tokens = erased
     assert text == ["on shelf 44"] and second == ["Oslo"] and pattern == ["4970 1016 0234 5678"]
     assert len(messages) == 2 and "<|im_start|>tool" in messages[0] and "Your new address" in messages[1]
     assert len(kept) == 1 and kept[0].startswith("My card") and call == messages[:1] and len(characters) == 1
-    assert 40 <= len(characters[0]) < 50
+    assert 40 <= len(characters[0]) < 50 and len(tokens) == 1
 
 
 def test_the_sessions_routes_are_those_of_the_api(served: Served) -> None:

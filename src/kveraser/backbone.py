@@ -55,7 +55,7 @@ class Backbone:
         self.layers: int = config.num_hidden_layers
         check_cached_equals_uncached(self.model, self.layers, self.name)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._chunk = PREFILL_CHUNK
+        self._chunk: int | None = None
         self._between: Callable[[], None] | None = None
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -203,10 +203,11 @@ class Backbone:
         self.check_room(cache.next_position, len(tokens))
         start = cache.length
         try:
-            for offset in range(0, len(tokens), self._chunk):
+            size = self._chunk or PREFILL_CHUNK
+            for offset in range(0, len(tokens), size):
                 if offset:
                     self.let_others_in()
-                chunk = tokens[offset : offset + self._chunk]
+                chunk = tokens[offset : offset + size]
                 positions = torch.arange(len(chunk), dtype=torch.float64) + cache.next_position
                 with cache.appending(positions):
                     self.forward(chunk, cache, positions)

@@ -13,7 +13,7 @@ Together with `cache_layer` and `scratch_cache` the only file that touches cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -353,7 +353,7 @@ class EditableCache(Cache):
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None]
 
-    def rotate(self, start: int, end: int, keys: Sequence[torch.Tensor], delta: float) -> None:
+    def rotate(self, start: int, end: int, keys: Iterable[torch.Tensor], delta: float) -> None:
         """Replace the keys of slots `[start, end)` by re-rotated ones (one tensor a layer) and move them by `delta`.
 
         Positions of the slots, and `next_position` when the slots reach the end of the cache, move with them.

@@ -7,7 +7,7 @@ may differ by a rotation and by nothing else. What the measurement does not conf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,10 +43,12 @@ class Rotation:
         Returns:
             New tensors of the same shapes and dtypes; the arithmetic is float32 whatever the dtype.
         """
-        return [
-            rotate_keys(layer, self.inverse_frequencies, convention, delta)
-            for layer, convention in zip(keys, self.conventions, strict=True)
-        ]
+        return list(self.rotated(keys, delta))
+
+    def rotated(self, keys: Sequence[torch.Tensor], delta: float) -> Iterator[torch.Tensor]:
+        """As `rotate`, a layer when it is asked for: one layer's keys fit where memory is fast."""
+        for layer, convention in zip(keys, self.conventions, strict=True):
+            yield rotate_keys(layer, self.inverse_frequencies, convention, delta)
 
 
 def rotate_keys(

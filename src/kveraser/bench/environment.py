@@ -24,6 +24,7 @@ def environment(backbone: Backbone) -> dict[str, Any]:
     eraser = backbone.eraser
     return {
         "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
         "eraser": None if eraser is None else {"name": eraser.name, **asdict(eraser.settings)},
         "dtype": str(backbone.model.dtype).removeprefix("torch."),
         "device": str(backbone.device),

@@ -123,7 +123,11 @@ def suite_table(result: Mapping[str, Any], suite: str) -> str:
             f"| {_with_interval(row, 'no_harm', 4)} |"
         )
     first = rows[0]
-    lines += ["", f"{first['cases']} cases in {first['contexts']} contexts, {first['questions']} questions."]
+    counted = f"{first['cases']} cases in {first['contexts']} contexts, {first['questions']} questions"
+    if suite == ALL:
+        cells = {tuple(row[axis] for axis in AXES) for row in result["rows"] if ALL not in (row[axis] for axis in AXES)}
+        counted += f", {len(cells)} cells; {result['seconds'] / 60:.0f} minutes in {result['workers']} processes"
+    lines += ["", f"{counted}."]
     return "\n".join(lines)
 
 
@@ -223,7 +227,8 @@ def serving_load_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\n{soak['requests_per_second']:.1f} requests and "
         f"{soak['answer_tokens_per_second']:.1f} answer tokens a second; "
-        f"{soak['compared']} answers compared with the same operations alone. After {len(crashes['rows'])} kills "
+        f"{soak['compared']} answers compared with the same operations alone; of {soak['foreign']} requests "
+        f"with another client's key none found a session. After {len(crashes['rows'])} kills "
         f"{crashes['back']} sessions were back, {crashes['gone']} were reported gone, {crashes['wrong']} were wrong."
     )
 

@@ -129,7 +129,7 @@ def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: in
         return
     delta = position - ceil(float(cache.positions[start]))
     keys = [keys for keys, _ in cache.read(start, cache.length)]
-    cache.rotate(start, cache.length, rotation.rotate(keys, delta), delta)
+    cache.rotate(start, cache.length, rotation.rotated(keys, delta), delta)
 
 
 def recompute_window(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], start: int, window: int) -> int:

@@ -125,6 +125,20 @@ Selector = Annotated[
                     "required": ["tool_call_id"],
                     "additionalProperties": False,
                 },
+                {
+                    "type": "object",
+                    "properties": {
+                        "tokens": {
+                            "type": "array",
+                            "items": {"type": "integer"},
+                            "minItems": 2,
+                            "maxItems": 2,
+                            "description": "[start, end) in tokens, as GET /v1/sessions/{id}/tokens lists them.",
+                        }
+                    },
+                    "required": ["tokens"],
+                    "additionalProperties": False,
+                },
             ],
         }
     ),

@@ -106,7 +106,7 @@ class Scheduler:
         self._answers: deque[_Answer] = deque()
         self._running: list[_Answer] = []
         self._idle: deque[Callable[[], bool]] = deque()
-        self._closing = self._sharing = False
+        self._closing = self._advancing = False
         engine.share_time(self._share, chunk)
         self._thread = threading.Thread(target=self._run, name="kveraser-engine", daemon=True)
         self._thread.start()
@@ -256,14 +256,9 @@ class Scheduler:
 
     def _share(self) -> None:
         """A turn of all others, between two passes of a work. Contexts that works use have no jobs of their own."""
-        if self._sharing or threading.current_thread() is not self._thread:
-            return
-        self._sharing = True
-        try:
+        if not self._advancing and threading.current_thread() is self._thread:
             self._end_cancelled()
             self._advance()
-        finally:
-            self._sharing = False
 
     def _end_cancelled(self) -> None:
         for answer in [answer for answer in self._running if answer.cancelled]:
@@ -271,11 +266,13 @@ class Scheduler:
 
     def _advance(self) -> None:
         """A chunk of a prefill, and a step of all streams."""
+        self._advancing = True
         self._prefill_chunk()
         while len(self._running) < self.most_streams and (begun := self._take(self._answers)) is not None:
             self._begin(begun)
         if self._running:
             self._decode_step(list(self._running))
+        self._advancing = False
 
     def _work(self, until: float) -> None:
         while (job := self._take(self._works)) is not None:

@@ -13,7 +13,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kveraser.bench.case import BenchCase, Cell
 from kveraser.bench.suites.false_answers import holds
 from kveraser.errors import InputError, SpanError
-from kveraser.spans import Message, MessageRange, Selector, Text, ToolCall, Transcript, resolve, selector_from_json
+from kveraser.spans import (
+    Message,
+    MessageRange,
+    Selector,
+    Span,
+    Text,
+    ToolCall,
+    Transcript,
+    resolve,
+    selector_from_json,
+)
 from kveraser.training.cases import Query, QueryKind, normalized
 
 NAME = "cases"
@@ -112,9 +122,10 @@ def _case(number: int, line: str) -> BenchCase:
     if (given.question is None) == (given.questions is None):
         raise InputError(f"{'neither' if given.questions is None else 'both'} question and questions: give one of them")
     selectors = _selectors(given.erase)
-    remaining = _remaining(given.context, selectors) if given.context is not None else None
-    if given.messages is not None:
-        _check_messages(given.messages, selectors)
+    if given.context is not None:
+        remaining: str | None = _remaining_of_text(given.context, selectors)
+    else:
+        remaining = _remaining_of_messages(given.messages or [], selectors)
     asked = [_Asked(question=given.question)] if given.question is not None else given.questions or []
     if not asked:
         raise InputError("questions is empty: ask something")
@@ -134,21 +145,28 @@ def _selectors(erase: Any) -> tuple[Selector, ...]:
     return tuple(map(selector_from_json, erase if several else [erase]))
 
 
-def _remaining(context: str, selectors: Sequence[Selector]) -> str:
+def _remaining_of_text(context: str, selectors: Sequence[Selector]) -> str:
     """The context without what is erased, cut at characters; a run, which has a tokenizer, cuts at tokens."""
     if not context.strip():
         raise InputError("context is empty: give the text to read")
     transcript = Transcript()
     transcript.append(context, range(len(context)), [(place, place + 1) for place in range(len(context))])
+    return _without(context, resolve(transcript, selectors))
+
+
+def _without(text: str, spans: Sequence[Span]) -> str:
     kept, reached = [], 0
-    for span in resolve(transcript, selectors):
-        kept.append(context[reached : span.start])
+    for span in spans:
+        kept.append(text[reached : span.start])
         reached = span.end
-    return "".join([*kept, context[reached:]])
+    return "".join([*kept, text[reached:]])
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]], selectors: Sequence[Selector]) -> None:
-    """Refuse what can't be found whatever the template is: no such message or tool call, a text in none of them."""
+def _remaining_of_messages(messages: Sequence[Mapping[str, Any]], selectors: Sequence[Selector]) -> str | None:
+    """What the messages say without what is erased; None where only the chat template tells.
+
+    What can't be found whatever the template is (a message, a tool call, a text in none of them) is refused.
+    """
     if not messages:
         raise InputError("messages is empty: give a conversation")
     transcript = Transcript()
@@ -163,8 +181,8 @@ def _check_messages(messages: Sequence[Mapping[str, Any]], selectors: Sequence[S
     # Where a message is more than a text, only the template says what stands in the context.
     plain = all(isinstance(message.get("content"), str) and "tool_calls" not in message for message in messages)
     sure = [one for one in selectors if isinstance(one, Message | ToolCall) or (isinstance(one, Text) and plain)]
-    if sure:
-        resolve(transcript, sure)
+    spans = resolve(transcript, sure) if sure else []
+    return _without(transcript.text, spans) if plain and len(sure) == len(selectors) else None
 
 
 def _query(given: _Line, asked: _Asked, remaining: str | None) -> Query:
