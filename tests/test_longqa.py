@@ -385,6 +385,8 @@ def test_a_hub_dataset_that_can_not_be_had_says_why(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match="row 1 has the columns text, label"):
         read_questions("someone/lighthouses")
     monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"IIRC is on no hub: .*iirc and give one of its \.json files"):
+        read_questions("IIRC")
     with pytest.raises(InputError, match=r"kveraser\[bench\]"):
         read_questions("someone/lighthouses")
 

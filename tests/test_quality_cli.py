@@ -44,6 +44,9 @@ def test_the_command_prints_rows_and_resumes(run: Run, model: str, corpus: str, 
         "bench", "quality", "--corpus", corpus, "--model", model, "--tasks", "span_neighbor", "--lengths", "260",
         "--spans", "40,200", "--cases", "1", "--output", str(output),
     )  # fmt: skip
+    for unheld in (asked, asked[:-2]):
+        assert "--resume needs a run to go on with" in one_line(run(*unheld, *METHODS, "--resume"), cli.USAGE)
+    assert not output.exists()
     result = read(run(*asked, *METHODS, "--json"))
     assert [row["method"] for row in result["rows"][:4]] == ["none", "recompute", "mask", "shift"]
     settings = result["settings"]
@@ -55,7 +58,7 @@ def test_the_command_prints_rows_and_resumes(run: Run, model: str, corpus: str, 
     assert json.loads((output / RESULT).read_text("utf-8")) == result and result["seconds"] > 0
     kept = (output / CASES).read_bytes()
     assert [list(json.loads(line)["methods"]) for line in kept.splitlines()] == [["none", "recompute", "mask", "shift"]]
-    assert read(run(*asked, *METHODS, "--json"))["rows"] == result["rows"]
+    assert read(run(*asked, *METHODS, "--resume", "--json"))["rows"] == result["rows"]
     assert (output / CASES).read_bytes() == kept
     code, out, err = run(*asked, *METHODS)
     assert code == 0 and "Quality" in out and str(output) in err

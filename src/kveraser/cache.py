@@ -453,7 +453,7 @@ class EditableCache(Cache):
         cls, states: Sequence[KeyValue], layers: int, positions: torch.Tensor, next_position: int, exact_length: int
     ) -> EditableCache:
         """Build a cache from a copy of `states`: one `(keys, values)` a layer, or none for an empty cache."""
-        cache = cls(layers, capacity=max(GROWTH_MULTIPLE, positions.numel()))
+        cache = cls(layers, capacity=max(1, positions.numel()))
         with torch.no_grad():
             for layer, (keys, values) in zip(cache.layers, states, strict=False):
                 layer.update(keys, values)

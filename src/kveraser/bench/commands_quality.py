@@ -46,7 +46,10 @@ def quality(
     passages: Annotated[int | None, typer.Option(min=2, help="Most passages to read from the corpus.")] = None,
     column: Annotated[str, typer.Option(help="Text column of the corpus.")] = "text",
     dataset: Annotated[str | None, typer.Option(help="Questions of longqa: a file, or a hub dataset.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run: a line a case; resumes there.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run: a line a case. One that was stopped goes on.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on: --output must hold a run already.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: 1; a profile's own.")] = None,
     seed: Seed = 0,
     model: Model = DEFAULT_MODEL,
@@ -57,11 +60,13 @@ def quality(
 ) -> None:
     """Measure what every method forgets, leaks and harms, against exact recomputation."""
     from kveraser.bench.plan import PROFILES, QualitySettings, plan_suite, profile_plans
-    from kveraser.bench.run import make_cases, run, to_json, write_result
+    from kveraser.bench.run import SETTINGS, make_cases, run, to_json, write_result
     from kveraser.bench.suites.file import read_case_file
     from kveraser.bench.workers import most_workers
     from kveraser.training.corpus import read_passages
 
+    if resume and (output is None or not (output / SETTINGS).is_file()):
+        raise typer.BadParameter(f"--resume needs a run to go on with, and {output or 'no --output'} holds none")
     count, case_file = None, None
     if cases is not None:
         try:

@@ -378,20 +378,24 @@ class Sessions:
         """Take back what was added to a session, when something goes wrong or `always`."""
         steps = entry.measured.undo_steps
 
-        def take_back() -> None:
+        def take_back() -> int:
             # Not by truncating: that would leave the last token run that waited before, and a later erase would differ.
             if held.undo_steps > steps:
                 self.engine.undo(held, held.undo_steps - steps)
-            # Buffers that have grown stay.
-            entry.measured = replace(entry.measured, bytes=held.nbytes)
+            return held.nbytes
+
+        async def as_before() -> None:
+            size = await self.scheduler.run(take_back, always=True)
+            # Buffers that have grown stay; at the same moment they are no longer what was set aside.
+            entry.measured, entry.reserved = replace(entry.measured, bytes=size), 0
 
         try:
             yield
         except BaseException:
-            await self.background.surely(self.scheduler.run(take_back, always=True))
+            await self.background.surely(as_before())
             raise
         if always:
-            await self.background.surely(self.scheduler.run(take_back, always=True))
+            await self.background.surely(as_before())
 
     async def _settle(self, entry: Entry, turn_open: bool | None = None) -> None:
         """Record a change, and that it can be undone."""

@@ -21,6 +21,8 @@ HUB_DATASETS = {
     "hotpotqa": "hotpotqa/hotpot_qa:distractor",
 }
 """Short names of hub datasets whose columns are among the known ones."""
+ELSEWHERE = {"iirc": "https://allenai.org/data/iirc"}
+"""Datasets that no hub has in their own format, and where their files are."""
 HUB_SPLIT = "validation"
 HUB_ROWS = 2000
 """Rows that are read of a hub dataset at most, from its beginning."""
@@ -113,6 +115,8 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _from_hub(source: str) -> Iterator[tuple[str, Any]]:
+    if source.lower() in ELSEWHERE:
+        raise InputError(f"{source} is on no hub: unpack {ELSEWHERE[source.lower()]} and give one of its .json files")
     name, _, rest = HUB_DATASETS.get(source.lower(), source).partition(":")
     subset, _, split = rest.partition(":")
     try:
