@@ -30,7 +30,7 @@ help:
 	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
 	@echo "make results-suites  measure all suites and methods again, and draw the figures (45 minutes on 2 cores; resumes)"
-	@echo "make results-serving  measure the server again: edited histories, streams, a soak, kills (40 minutes on 2 cores)"
+	@echo "make results-serving  measure the server again: edited histories, streams, a soak, kills (35 minutes on 2 cores)"
 	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
 	@echo "make install    make .venv and install kveraser into it"
 	@echo "make backbone   convert the bundled model, once per machine"
@@ -99,8 +99,6 @@ results-serving: $(BACKBONE)
 	@echo "Measuring: the server"
 	@$(BIN)/kveraser bench serve --json >docs/results/serving.json.part
 	@mv docs/results/serving.json.part docs/results/serving.json
-	@$(BIN)/kveraser bench serve --measure history --json >docs/results/serving-history.json.part
-	@mv docs/results/serving-history.json.part docs/results/serving-history.json
 	@$(BIN)/python -m kveraser.bench.tables
 
 # From source: there is no wheel of it. Needs cmake and a C++ compiler.

@@ -269,7 +269,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "sharing": ("sharing", sharing_table),
     "serving": ("serving", serving_table),
     "serving_load": ("serving", serving_load_table),
-    "serving_history": ("serving-history", serving_table),
+    "serving_soak": ("serving-soak", serving_table),
 }
 """By name: the result file, and what renders it."""
 
