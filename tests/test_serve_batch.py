@@ -73,6 +73,8 @@ def test_a_row_does_not_feel_its_neighbours(backbone: Backbone) -> None:
 
 def test_caches_are_written_in_place(backbone: Backbone) -> None:
     caches = [cache.fork() for cache in prefilled(backbone)]
+    for cache in caches:
+        cache.reserve(cache.length + 1)
     before = [layer.keys.data_ptr() for cache in caches for layer in cache.layers]  # type: ignore[union-attr]
     step_together(backbone, caches, NEW)
     assert [layer.keys.data_ptr() for cache in caches for layer in cache.layers] == before  # type: ignore[union-attr]
