@@ -18,6 +18,7 @@ from kveraser.backbone import Backbone
 from kveraser.eraser import SLOT_EMBEDDINGS, SPAN_BIAS, Eraser, EraserSettings
 from kveraser.errors import InputError
 from kveraser.training import loop
+from kveraser.training import prepared as prepared_module
 from kveraser.training.cases import Case, Query, read_cases, tokenize, write_cases
 from kveraser.training.checkpoint import TrainingError
 from kveraser.training.distill import edited_log_probabilities, prepare, token_kl
@@ -107,6 +108,35 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_bit(make: M
     assert losses(parted) == losses(whole)
     first, second = (torch.load(Path(recipe.output) / loop.CHECKPOINT) for recipe in (whole, parted))
     assert all(torch.equal(value, second["adapter"][name]) for name, value in first["adapter"].items())
+
+
+def test_prepared_batches_of_the_first_epoch_serve_the_later_ones_to_the_bit(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh, stored = make("fresh", epochs=3, prepared_gigabytes=0), make("stored", epochs=3)
+    train(fresh)
+    calls: list[int] = []
+    monkeypatch.setattr(loop, "prepare", lambda *args, **kwargs: calls.append(1) or prepare(*args, **kwargs))
+    train(stored, stop=6)
+    prepared = len(calls)
+    assert len(list((Path(stored.output) / loop.PREPARED).iterdir())) > 0
+    train(stored, resume=True)
+    held_out = len(calls) - prepared
+    assert 0 < held_out < prepared
+    assert losses(stored) == losses(fresh)
+    assert not (Path(stored.output) / loop.PREPARED).exists()
+
+
+def test_a_disk_too_full_for_prepared_batches_costs_time_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, stored = make("fresh", epochs=2, prepared_gigabytes=0), make("stored", epochs=2)
+    train(fresh)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepared_module, "save_file", full)
+    train(stored)
+    assert losses(stored) == losses(fresh)
 
 
 def test_a_run_killed_after_its_checkpoint_repeats_no_line_of_the_log(make: Make) -> None:

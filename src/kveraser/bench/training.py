@@ -23,7 +23,7 @@ from kveraser.eraser import EraserSettings
 from kveraser.errors import InputError
 from kveraser.training.batches import batches, tokenized
 from kveraser.training.cases import TokenizedCase
-from kveraser.training.distill import case_losses, prepare, reference
+from kveraser.training.distill import case_losses, exact_reference, prepare
 from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
 
 SUBJECTS = "The harbour clerk", "A ferry captain", "The night porter", "One of the masons", "The keeper of the orchard"
@@ -142,7 +142,7 @@ def naive(backbone: Backbone, cases: Sequence[TokenizedCase], settings: EraserSe
         for query, kind in zip(case.queries, case.kinds, strict=True):
             alone = replace(case, queries=(query,), kinds=(kind,), accepted=(), wrong=())
             share = len(query[1]) / compared / len(cases)
-            prepared = prepare(backbone, [alone], teacher=reference(backbone, [alone]))
+            prepared = prepare(backbone, [alone], reference=exact_reference(backbone, [alone]))
             (case_losses(backbone, prepared, settings, "kl", 1.0).sum() * share).backward()
 
 

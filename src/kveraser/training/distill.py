@@ -63,6 +63,7 @@ class PreparedBatch:
     before: list[KeyValue]
     suffix: list[KeyValue]
     teacher: torch.Tensor
+    hidden: torch.Tensor
     unerased: torch.Tensor | None = None
 
     @property
@@ -95,40 +96,51 @@ def prepare(
     cases: Sequence[TokenizedCase],
     measure_unerased: bool = False,
     prefills: Prefills | None = None,
-    teacher: torch.Tensor | None = None,
+    reference: torch.Tensor | None = None,
 ) -> PreparedBatch:
     """Prefill cases of one shape and let the exact reference answer their queries.
 
     Args:
         measure_unerased: answer them from the unerased cache as well, for fidelity.
         prefills: of contexts that other cases share, from `shared_prefills`.
-        teacher: the exact reference's answers, where they are known.
+        reference: last hidden states of the exact reference (see `exact_reference`), where they are known.
     """
     p, m, s = shape(cases[0])
     n = p + m + s
     queries = [case.queries for case in cases]
     with torch.no_grad():
         states = _prefilled(backbone, [context(case) for case in cases], prefills or {})
-        prefix = [(keys[:, :, :p], values[:, :, :p]) for keys, values in states]
-        before = [(keys[:, :, : p + m], values[:, :, : p + m]) for keys, values in states]
-        suffix = [(keys[:, :, p + m :], values[:, :, p + m :]) for keys, values in states]
-        if teacher is None:
+        prefix, before, suffix = split_states(states, cases[0])
+        if reference is None:
             cache = splice(prefix)
             if s:
                 _forward(backbone, [case.suffix for case in cases], torch.arange(p, p + s), cache)
-            teacher = answer_log_probabilities(backbone, cache, p + s, p + s, queries)
+            reference = answer_hidden(backbone, cache, p + s, p + s, queries)
+        teacher = log_probabilities(backbone, reference)
         unerased = None
         if measure_unerased:
             unerased = token_kl(teacher, answer_log_probabilities(backbone, splice(states), n, n, queries))
-    return PreparedBatch(tuple(cases), prefix, before, suffix, teacher, unerased)
+    return PreparedBatch(tuple(cases), prefix, before, suffix, teacher, reference, unerased)
 
 
-def reference(backbone: Backbone, cases: Sequence[TokenizedCase]) -> torch.Tensor:
-    """The exact reference's log-probabilities from a fresh prefill of its own, as `PreparedBatch.teacher`."""
+def split_states(
+    states: Sequence[KeyValue], case: TokenizedCase
+) -> tuple[list[KeyValue], list[KeyValue], list[KeyValue]]:
+    """States of contexts of this case's shape, as views: of the prefix, of prefix and span, of the suffix."""
+    p, m, _ = shape(case)
+    return (
+        [(keys[:, :, :p], values[:, :, :p]) for keys, values in states],
+        [(keys[:, :, : p + m], values[:, :, : p + m]) for keys, values in states],
+        [(keys[:, :, p + m :], values[:, :, p + m :]) for keys, values in states],
+    )
+
+
+def exact_reference(backbone: Backbone, cases: Sequence[TokenizedCase]) -> torch.Tensor:
+    """The exact reference's last hidden states from a fresh prefill of its own, as `PreparedBatch.hidden`."""
     exact = [(*case.prefix, *case.suffix) for case in cases]
     with torch.no_grad():
         cache = splice(_prefilled(backbone, exact, {}))
-        return answer_log_probabilities(backbone, cache, len(exact[0]), len(exact[0]), [case.queries for case in cases])
+        return answer_hidden(backbone, cache, len(exact[0]), len(exact[0]), [case.queries for case in cases])
 
 
 def shared_prefills(backbone: Backbone, cases: Sequence[TokenizedCase]) -> Prefills:
@@ -215,6 +227,19 @@ def _steering(backbone: Backbone, prepared: PreparedBatch, settings: EraserSetti
 def answer_log_probabilities(
     backbone: Backbone, cache: Any, slots: int, position: int, queries: Sequence[Sequence[Pair]]
 ) -> torch.Tensor:
+    """Log-probabilities of `answer_hidden`, float32 `[answer tokens of all queries of all cases, vocabulary]`."""
+    return log_probabilities(backbone, answer_hidden(backbone, cache, slots, position, queries))
+
+
+def log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of last hidden states `[tokens, hidden]`, float32 `[tokens, vocabulary]`."""
+    logits: torch.Tensor = backbone.model.get_output_embeddings()(hidden)
+    return logits.float().log_softmax(dim=-1)
+
+
+def answer_hidden(
+    backbone: Backbone, cache: Any, slots: int, position: int, queries: Sequence[Sequence[Pair]]
+) -> torch.Tensor:
     """Answer all queries of every case in one pass over a cache, each blind to the others.
 
     Args:
@@ -223,7 +248,7 @@ def answer_log_probabilities(
         queries: of every case.
 
     Returns:
-        float32 `[answer tokens of all queries of all cases, vocabulary]`.
+        Last hidden states where answer tokens are predicted, `[answer tokens of all queries of all cases, hidden]`.
     """
     packs = [pack(pairs, slots, position) for pairs in queries]
     longest = max(len(packed.tokens) for packed in packs)
@@ -240,9 +265,7 @@ def answer_log_probabilities(
         places.append(packed.kept)
     hidden = _forward(backbone, tokens, torch.stack(positions), cache, torch.cat(masks))
     # Only the places that are compared pay for the vocabulary.
-    kept = hidden[torch.cat(rows).to(hidden.device), torch.cat(places).to(hidden.device)]
-    logits: torch.Tensor = backbone.model.get_output_embeddings()(kept)
-    return logits.float().log_softmax(dim=-1)
+    return hidden[torch.cat(rows).to(hidden.device), torch.cat(places).to(hidden.device)]
 
 
 def case_losses(

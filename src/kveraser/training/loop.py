@@ -28,14 +28,14 @@ from kveraser.training.distill import (
     token_kl,
 )
 from kveraser.training.log import Log, Progress
+from kveraser.training.prepared import PreparedStore
 from kveraser.training.processes import Processes
 from kveraser.training.recipe import OptimizerSettings, Recipe, as_recipe
 
-CHECKPOINT, BEST = "checkpoint.pt", "best"
+CHECKPOINT, BEST, PREPARED = "checkpoint.pt", "best", "prepared"
 
 KEPT_BYTES = 2 << 30
-"""Of held-out cases prepared once, and of training cases where there are several epochs; what goes beyond is prepared
-again when its turn comes."""
+"""Of held-out cases prepared once; what goes beyond is prepared again when its turn comes."""
 
 
 def train(
@@ -99,7 +99,9 @@ class _Run:
         )
         self.step, self.best, self.seconds = 0, math.inf, 0.0
         self.kept: dict[int, PreparedBatch] = {}
-        self.reused: dict[tuple[str, ...], PreparedBatch] = {}
+        # A batch serves one epoch only where all processes pass in lockstep.
+        stored = recipe.prepared_gigabytes if recipe.epochs > 1 and not self.processes.lockstep else 0
+        self.store = PreparedStore(self.folder / PREPARED, int(stored * 1e9 / self.processes.count))
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume and (self.folder / CHECKPOINT).is_file():
             self._restore()
@@ -190,6 +192,8 @@ class _Run:
                 self._save()
                 last_checkpoint = time.monotonic()
         self._save()
+        if self._finished() and self.processes.main:
+            self.store.clear()
 
     def _done(self) -> float:
         """The fraction of the run that lies behind, by steps or by time."""
@@ -234,13 +238,10 @@ class _Run:
 
     def _prepared(self, cases: Sequence[TokenizedCase], prefills: Prefills) -> PreparedBatch:
         """Cases prepared for training; the exact reference and the states of a batch serve every epoch."""
-        name = tuple(case.id for case in cases)
-        if name in self.reused:
-            return self.reused[name]
-        batch = prepare(self.backbone, cases, prefills=prefills)
-        held = sum(other.nbytes for other in self.reused.values())
-        if self.recipe.epochs > 1 and not self.processes.lockstep and held + batch.nbytes <= KEPT_BYTES:
-            self.reused[name] = batch
+        batch = self.store.load(self.backbone, cases)
+        if batch is None:
+            batch = prepare(self.backbone, cases, prefills=prefills)
+            self.store.save(self.backbone, batch)
         return batch
 
     def _shares(self, cases: Sequence[TokenizedCase]) -> list[tuple[list[int], float]]:

@@ -64,6 +64,8 @@ class Recipe(_Strict):
         objective: `kl` distils the exact reference, `ce` is the paper's, `both` their sum.
         no_harm_weight: weight of answer tokens of queries the span never touched.
         epochs: passes over the training cases.
+        prepared_gigabytes: disk for prefilled states and exact references in the output folder, which epochs after the
+            first reuse; deleted when the run ends. 0 stores nothing.
         max_minutes: stop at this wall-clock limit, evaluated and saved, with the learning rate fallen as it would have
             at the end: the schedule follows the steps or the time, whichever is further on. Such a run depends on the
             machine's speed and can't be repeated to the bit. None: no limit.
@@ -85,6 +87,7 @@ class Recipe(_Strict):
     objective: Literal["kl", "ce", "both"] = "kl"
     no_harm_weight: float = Field(default=1.0, ge=0)
     epochs: int = Field(default=1, ge=1)
+    prepared_gigabytes: float = Field(default=20.0, ge=0)
     max_minutes: float | None = Field(default=None, gt=0)
     initial: str | None = None
     checkpoint_minutes: float = Field(default=3.0, gt=0)
@@ -107,7 +110,7 @@ class Recipe(_Strict):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that shapes the run's numbers, hex: a checkpoint resumes only under the same."""
-        fields = self.model_dump_json(exclude={"output", "checkpoint_minutes"})
+        fields = self.model_dump_json(exclude={"output", "checkpoint_minutes", "prepared_gigabytes"})
         return hashlib.sha256(fields.encode()).hexdigest()
 
 
