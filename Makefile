@@ -75,10 +75,6 @@ results-eraser: $(BACKBONE)
 	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024,2048 --spans 50,200,600 \
 		--cases $(CASES) --output runs/heldout --json >docs/results/heldout.json.part
 	@mv docs/results/heldout.json.part docs/results/heldout.json
-	@echo "Measuring: variants"
-	@$(BIN)/kveraser bench variants --corpus $(CORPUS) --cases 32 --output runs/variants.jsonl --json \
-		>docs/results/variants.json.part
-	@mv docs/results/variants.json.part docs/results/variants.json
 	@$(BIN)/python -m kveraser.bench.tables
 
 results-suites: $(BACKBONE)

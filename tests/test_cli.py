@@ -12,7 +12,6 @@ import pytest
 
 from kveraser import cli
 from kveraser.backbone import Backbone
-from kveraser.eraser import EraserSettings
 from kveraser.methods import METHODS
 from kveraser.session import Session
 from tests.tiny import attach_random_eraser, tiny_backbone
@@ -103,13 +102,13 @@ def test_exact_answers_come_even_when_no_method_is_exact(run: Run, model: str, c
     assert without["receipts"][0]["audit"] is None
 
 
-def test_the_default_method_is_exact_without_an_eraser_and_learned_with_one(
+def test_the_default_method_is_follow_with_and_without_an_eraser(
     run: Run, model: str, eraser: str, context: str
 ) -> None:
     asked = "--context", context, "--span", SPAN, "--ask", "Who?", "--model", model, "--max-new-tokens", "4", "--json"
-    assert read(run("erase", *asked))["receipts"][0]["method"] == "recompute"
-    learned = read(run("erase", *asked, "--eraser", eraser))["receipts"][0]
-    assert learned["method"] == "kveraser" and learned["parameters"] == {"layout": "keep"} and not learned["exact"]
+    assert read(run("erase", *asked))["receipts"][0]["method"] == "follow"
+    receipt = read(run("erase", *asked, "--eraser", eraser))["receipts"][0]
+    assert receipt["method"] == "follow" and receipt["recomputed"] > 0
 
 
 def test_messages_are_erased_by_index_or_by_tool_call(run: Run, model: str, tmp_path: Path) -> None:
@@ -221,16 +220,17 @@ def test_latency_reports_a_row_a_method_and_length(run: Run, model: str) -> None
     assert code == 0 and "recompute" in out and "untrained" in err
 
 
-def test_latency_leaves_out_what_the_eraser_cannot_serve_unless_it_is_asked_for(
-    run: Run, model: str, tmp_path: Path
-) -> None:
-    attach_random_eraser(tiny_backbone(), settings=EraserSettings("suffix", 2)).save_pretrained(tmp_path)
-    asked = "bench", "latency", "--lengths", "64", "--span", "8", "--repeats", "1", "--model", model
-    result = read(run(*asked, "--eraser", str(tmp_path), "--json"))
+def test_latency_leaves_out_what_the_model_cannot_serve_unless_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    folder, backbone = str(tmp_path), tiny_backbone("gpt2")
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    asked = "bench", "latency", "--lengths", "64", "--span", "8", "--repeats", "1", "--model", folder
+    result = read(run(*asked, "--json"))
     timed = {row["method"].partition("(")[0] for row in result["rows"]}
-    assert timed == set(METHODS) - {"kveraser+repair"} and "steers the suffix tokens" in result["notes"][0]
-    code, _, err = run(*asked, "--eraser", str(tmp_path), "--method", "kveraser+repair")
-    assert code == 1 and "steers the suffix tokens" in err
+    assert {"recompute", "mask", "kveraser"} <= timed and "shift" not in timed
+    assert "no rotary position embedding" in " ".join(result["notes"])
+    code, _, err = run(*asked, "--method", "shift")
+    assert code == 1 and "no rotary position embedding" in err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kveraser.backbone import Backbone
-from kveraser.eraser import PAPER_MODULES, SLOT_EMBEDDINGS, SPAN_BIAS
+from kveraser.eraser import PAPER_MODULES, SLOT_EMBEDDINGS
 from kveraser.errors import EraserError
 from tests.test_eraser import CONFIG, EXTRAS, SETTINGS, WEIGHTS, peft_model, plain, steering
 from tests.tiny import attach_random_eraser, distance, tiny_backbone, tiny_model
@@ -71,7 +71,7 @@ def extras(settings: str, content: dict[str, torch.Tensor] | bytes | None) -> Ca
     return rewrite
 
 
-THREE_SLOTS, SUFFIX_OF_FIVE = '{"layout": "compact", "slots": 3}', '{"layout": "suffix", "repair": 5}'
+THREE_SLOTS = '{"layout": "compact", "slots": 3}'
 LAST_V = "model.layers.2.self_attn.v_proj"
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another hidden size": (
@@ -129,11 +129,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a window that is no number": (text(SETTINGS, '{"repair": true}'), "repair is True, but it is a count"),
     "a share that is no number": (text(SETTINGS, '{"repair": 1, "repair_per_span": true}'), "repair_per_span is True"),
     "a negative share": (text(SETTINGS, '{"repair": 1, "repair_per_span": -1}'), "repair_per_span is -1"),
-    "a negative share of echoes": (text(SETTINGS, '{"repair": 1, "layout": "suffix", "echoes": -1}'), "echoes is -1"),
+    "the removed layout": (
+        text(SETTINGS, '{"repair": 32, "layout": "suffix", "echoes": 0.75}'),
+        "layout suffix was removed, because it equaled the method follow: use follow, or train with layout keep",
+    ),
     "an infinite share": (text(SETTINGS, '{"repair": 1, "repair_per_span": Infinity}'), "repair_per_span is inf"),
     "slots of another layout": (text(SETTINGS, '{"slots": 3}'), "slots is 3: layout compact has 1 or more"),
     "compact without slots": (text(SETTINGS, '{"layout": "compact"}'), "slots is 0: layout compact"),
-    "suffix without a window": (text(SETTINGS, '{"layout": "suffix"}'), "repair is 0, but layout suffix needs"),
     "no slot embeddings": (extras(THREE_SLOTS, None), "kveraser.safetensors can't be read .*No such file"),
     "corrupt slot embeddings": (extras(THREE_SLOTS, b"no tensors"), "kveraser.safetensors can't be read"),
     "too few slot embeddings": (
@@ -144,10 +146,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         extras(THREE_SLOTS, {SLOT_EMBEDDINGS: torch.full((3, 32), float("nan"))}), "layout compact needs finite",
     ),
     "the extras of another layout": (
-        extras(SUFFIX_OF_FIVE, {SLOT_EMBEDDINGS: torch.ones(3, 32)}), "layout suffix needs finite .*span_bias",
-    ),
-    "an infinite span bias": (
-        extras(SUFFIX_OF_FIVE, {SPAN_BIAS: torch.tensor([float("-inf")])}), "layout suffix needs finite",
+        extras(THREE_SLOTS, {"span_bias": torch.ones(1)}), "layout compact needs finite .*slot_embeddings",
     ),
 }  # fmt: skip
 

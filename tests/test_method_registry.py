@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from kveraser.eraser import EraserSettings
 from kveraser.errors import MethodError
 from kveraser.methods import METHODS, default_method, make_method
 from tests.tiny import attach_random_eraser, tiny_backbone
@@ -33,7 +32,7 @@ def test_every_method_says_what_it_does_what_it_costs_and_where_it_is_from(name:
         ("repair(8, per_span=1)", {}, {"window": 8, "per_span": 1}),
         ("selective(0.5)", {}, {"ratio": 0.5}),
         ("kveraser+repair(8, layout='closed')", {}, {"window": 8, "layout": "closed", "per_span": None}),
-        ("kveraser(window=5)", {"per_span": 1}, {"layout": None, "window": 5, "per_span": 1, "echoes": None}),
+        ("kveraser('closed')", {}, {"layout": "closed"}),
         ("follow", {}, {"window": 32, "per_span": 0.25, "echoes": 0.75}),
         ("blank('a, (b)')", {}, {"filler": "a, (b)"}),
     ],
@@ -70,13 +69,9 @@ def test_methods_are_read_from_text(text: str, named: dict[str, Any], parameters
         ("selective('a')", {}, "ratio"),
         ("kveraser('sideways')", {}, "layout is 'sideways'"),
         ("kveraser+repair(0)", {}, "window is 0"),
-        ("kveraser(window=0)", {}, "window is 0"),
-        ("kveraser(window=True)", {}, "window is True"),
-        ("kveraser(per_span=-1)", {}, "per_span is -1"),
-        ("kveraser(echoes=-1)", {}, "echoes is -1"),
+        ("kveraser('suffix')", {}, "layout suffix was removed"),
         ("follow(0)", {}, "window is 0"),
         ("follow(8, echoes='a')", {}, "echoes is 'a'"),
-        ("kveraser(per_span=True)", {}, "per_span is True"),
         ("kveraser+repair(3, per_span=1e999)", {}, "per_span is inf"),
         ("blank('')", {}, "filler"),
         ("blank(3)", {}, "filler"),
@@ -93,13 +88,19 @@ def test_a_ready_made_method_takes_no_further_parameters() -> None:
         make_method(make_method("repair"), window=3)
 
 
-def test_the_default_method_follows_the_eraser() -> None:
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "follow"), ("gpt_neox", "follow"), ("gpt2", "recompute")],
+)
+def test_the_default_method_is_follow_where_keys_can_be_moved(family: str, method: str) -> None:
+    backbone = tiny_backbone(family)
+    assert default_method(backbone) == make_method(method)
+    # An eraser does not change what an erase without a method does.
+    attach_random_eraser(backbone)
+    assert default_method(backbone) == make_method(method)
+
+
+def test_the_default_method_is_exact_where_attention_takes_no_mask() -> None:
     backbone = tiny_backbone()
-    assert default_method(None) == make_method("recompute")
-    assert default_method(attach_random_eraser(backbone)) == make_method("kveraser")
-    trained = attach_random_eraser(backbone, settings=EraserSettings("closed", 8))
-    assert str(default_method(trained).settled(backbone)) == "kveraser+repair(window=8, layout='closed', per_span=0.0)"
-    suffix = attach_random_eraser(backbone, settings=EraserSettings("suffix", 8))
-    assert (
-        str(default_method(suffix).settled(backbone)) == "kveraser(layout='suffix', window=8, per_span=0.0, echoes=0.0)"
-    )
+    backbone.model.config._attn_implementation = "flash_attention_2"
+    assert default_method(backbone) == make_method("recompute")

@@ -40,18 +40,18 @@ RECIPES = (
     "recompute", "mask", "shift", "zero_value", "blank", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)",
     "erratum",
     "kveraser(layout='keep')", "kveraser(layout='closed')",
-    "kveraser(layout='compact')", "kveraser(layout='suffix')",
+    "kveraser(layout='compact')",
     "kveraser+repair(4, 'keep')", "kveraser+repair(4, 'closed')", "kveraser+repair(4, 'compact')",
 )  # fmt: skip
 MOVING = (
     "shift", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)", "kveraser(layout='closed')",
     "kveraser(layout='compact')",
-    "kveraser(layout='suffix')", "kveraser+repair(4, 'closed')", "kveraser+repair(4, 'compact')",
+    "kveraser+repair(4, 'closed')", "kveraser+repair(4, 'compact')",
 )  # fmt: skip
 DROPPING = (
-    "recompute", "mask", "shift", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)", "kveraser(layout='suffix')",
+    "recompute", "mask", "shift", "repair(4)", "follow(3, 0.25, 0.5)", "selective(0.3)",
 )  # fmt: skip
-TRAINED_FOR = {"compact": EraserSettings("compact", slots=4), "suffix": EraserSettings("suffix", 6)}
+TRAINED_FOR = {"compact": EraserSettings("compact", slots=4)}
 """Layouts that only an eraser trained for them can serve."""
 
 
@@ -154,7 +154,7 @@ def test_every_method_keeps_the_contract_and_is_undone_bit_for_bit(family: str, 
     assert distance([answer(backbone, cache)], [unerased]) == 0
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "suffix" not in recipe])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_slots_tell_which_token_every_slot_holds(family: str, recipe: str) -> None:
     # The first layer's values depend on nothing but the token, however a slot was moved or recomputed; steered suffix

@@ -37,7 +37,6 @@ VARIANTS = [
     EraserSettings("keep"),
     EraserSettings("closed", 6),
     EraserSettings("compact", 6, slots=5),
-    EraserSettings("suffix", 4, 0.5),
 ]
 QWEN3_8B = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,

@@ -17,11 +17,6 @@ import openai
 import pytest
 
 from kveraser import cli
-from kveraser.serve.commands import _usual_method
-from kveraser.serve.embedded import TransformersEngine
-from kveraser.spans import Span
-from tests.engines import read, words
-from tests.tiny import attach_random_eraser, tiny_backbone
 
 Run = Callable[..., tuple[int, str, str]]
 KEY = "alice-0123456789"
@@ -130,23 +125,3 @@ def test_names_that_point_elsewhere_are_refused_only_on_this_machine() -> None:
     assert _names("127.0.0.1", None) == {"127.0.0.1", "localhost", "::1"}
     assert _names("0.0.0.0", None) is None
     assert _names("0.0.0.0", ["Box.example"]) == {"127.0.0.1", "localhost", "::1", "0.0.0.0", "box.example"}
-
-
-@pytest.mark.parametrize(
-    ("family", "eraser", "method"),
-    [
-        ("llama", True, None),
-        ("llama", False, "repair(32)"),
-        ("gpt2", False, "recompute"),
-    ],
-)
-def test_the_usual_method_is_one_that_the_model_can_be_erased_from_by(
-    family: str, eraser: bool, method: str | None
-) -> None:
-    backbone = tiny_backbone(family)
-    if eraser:
-        attach_random_eraser(backbone)
-    assert _usual_method(backbone) == method
-    engine = TransformersEngine(backbone, method)
-    receipt = engine.erase(read(engine, words(60)), [Span(10, 20)], method, None, undoable=False)
-    assert receipt.exact == (method == "recompute") and receipt.method == (method or "kveraser").partition("(")[0]

@@ -8,7 +8,6 @@ import pytest
 
 from kveraser.audit import References
 from kveraser.backbone import Backbone
-from kveraser.eraser import EraserSettings
 from kveraser.errors import InputError, KVEraserError, MethodError, SpanError
 from kveraser.methods import METHODS, make_method
 from kveraser.probes import Probe
@@ -81,9 +80,8 @@ def test_the_cheapest_method_within_the_budget_is_taken(tried: list[str], eraser
 
 def test_a_method_that_the_loaded_eraser_cannot_serve_is_no_candidate(tried: list[str]) -> None:
     backbone = tiny_backbone()
-    attach_random_eraser(backbone, settings=EraserSettings("suffix", 2))
     receipt = Session(backbone, text=TEXT).erase(SPAN, "auto", max_kl=0, probes=PROBES)
-    assert receipt.exact and "kveraser" in tried and "kveraser+repair" not in tried
+    assert receipt.exact and tried and not {"kveraser", "kveraser+repair"} & set(tried)
 
 
 def test_what_failed_the_budget_leaves_no_trace(session: Session) -> None:

@@ -142,7 +142,7 @@ def test_the_model_named_in_the_file_is_loaded_in_its_dtype(tmp_path: Path, path
     with pytest.raises(SessionFileError, match=r"in bfloat16.*in float32.*load it with the model and dtype"):
         Session.load(path, dtype="float32")
     erasing = Session.load(path, eraser=tmp_path / "eraser")
-    assert erasing.erase("Ada").method == "kveraser"
+    assert erasing.erase("Ada", "kveraser").method == "kveraser"
     given = Session.load(path, Backbone.load(folder, dtype="bfloat16"), eraser=tmp_path / "eraser")
     assert given.backbone.eraser is not None
 

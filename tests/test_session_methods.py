@@ -29,19 +29,22 @@ def session(backbone: Backbone) -> Session:
     return Session(backbone, text=TEXT)
 
 
-def test_without_a_method_the_eraser_serves_as_it_was_trained_else_recompute() -> None:
+def test_without_a_method_keys_are_moved_where_they_can_be_and_else_all_is_recomputed() -> None:
+    for family, method in (("llama", "follow"), ("gpt2", "recompute")):
+        backbone = tiny_backbone(family)
+        receipt = Session(backbone, text=TEXT).erase(SPAN)
+        assert (receipt.method, receipt.exact) == (method, method == "recompute")
+        attach_random_eraser(backbone)
+        assert Session(backbone, text=TEXT).erase(SPAN).method == method
+
+
+def test_the_eraser_serves_as_it_was_trained() -> None:
     backbone = tiny_backbone()
-    plain = Session(backbone, text=TEXT).erase(SPAN)
-    assert (plain.method, plain.parameters, plain.exact) == ("recompute", {}, True)
-    attach_random_eraser(backbone, settings=EraserSettings(layout="closed"))
-    erased = Session(backbone, text=TEXT).erase(SPAN)
+    attach_random_eraser(backbone, settings=EraserSettings(layout="closed", repair=5))
+    erased = Session(backbone, text=TEXT).erase(SPAN, "kveraser")
     assert (erased.method, erased.parameters) == ("kveraser", {"layout": "closed"})
-    attach_random_eraser(backbone, settings=EraserSettings(layout="keep", repair=5))
-    repaired = Session(backbone, text=TEXT).erase(SPAN)
-    assert (repaired.method, repaired.parameters) == (
-        "kveraser+repair",
-        {"window": 5, "layout": "keep", "per_span": 0.0},
-    )
+    repaired = Session(backbone, text=TEXT).erase(SPAN, "kveraser+repair")
+    assert repaired.parameters == {"window": 5, "layout": "closed", "per_span": 0.0}
     assert not erased.exact and not repaired.exact and repaired.recomputed == erased.recomputed + 5
 
 

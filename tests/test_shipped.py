@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from kveraser import Session
 from kveraser.backbone import SHIPPED_ERASER, Backbone
 from kveraser.bundled import MODEL_NAME, shipped_eraser_folder
-from kveraser.eraser import EXTRAS_FILE
+from kveraser.eraser import EraserSettings
 from kveraser.probes import Probe
 
 MOST_BYTES = 12_000_000
@@ -35,9 +35,8 @@ def test_it_is_small_and_in_bfloat16() -> None:
     assert folder is not None
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= MOST_BYTES
-    for name in ("adapter_model.safetensors", EXTRAS_FILE):
-        tensors = load_file(folder / name)
-        assert tensors and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert tensors and {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
 def test_other_backbones_have_none() -> None:
@@ -46,35 +45,38 @@ def test_other_backbones_have_none() -> None:
 
 
 @pytest.mark.backbone
-def test_the_bundled_backbone_erases_with_it_unless_told_otherwise(backbone: Backbone) -> None:
+def test_it_is_loaded_unless_told_otherwise_and_touches_the_span_alone(backbone: Backbone) -> None:
     assert backbone.eraser is not None and backbone.eraser.name == SHIPPED_ERASER
+    assert backbone.eraser.settings == EraserSettings("keep")
     session = Session(backbone, text=BEFORE + SPAN + AFTER)
-    assert session.erase(SPAN).method == "kveraser"
+    before = [state.clone() for pair in session.cache.read(0, session.cache.length) for state in pair]
+    receipt = session.erase(SPAN, "kveraser")
+    ((start, end),) = receipt.spans
+    after = [state for pair in session.cache.read(0, session.cache.length) for state in pair]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[:, :, :start], new[:, :, :start]) and torch.equal(old[:, :, end:], new[:, :, end:])
+        assert not torch.equal(old[:, :, start:end], new[:, :, start:end])
     assert Backbone.load(MODEL_NAME, eraser=None).eraser is None
 
 
 @pytest.mark.backbone
-@pytest.mark.xfail(strict=True, reason="no checkpoint of its training beat the start, so the start ships")
 def test_it_was_trained_not_only_made(backbone: Backbone) -> None:
     matrices = backbone.require_eraser().parameters()
     assert any(bool(matrix.any()) for name, matrix in matrices.items() if "lora_B" in name)
 
 
 @pytest.mark.backbone
-def test_it_forgets_more_than_moving_the_cache_does(backbone: Backbone) -> None:
+def test_it_undoes_most_of_what_the_span_did(backbone: Backbone) -> None:
     probes = [
         Probe("Where does the captain's family live?", answer="They live in a windy city."),
         Probe("What do the brothers of the captain do?", answer="The brothers repair nets."),
         Probe("When does the last ferry come back?", answer="It comes back at nine in the evening."),
     ]
-    measured: dict[str, float] = {}
-    for method in ("shift", "kveraser"):
-        session = Session(backbone, text=BEFORE + SPAN + AFTER)
-        session.erase(SPAN, method=method)
-        audit = session.audit(probes)
-        assert audit.kl is not None and audit.kl_unerased is not None and audit.kl_unerased > 0
-        measured[method] = audit.kl
-    assert 0 < measured["kveraser"] < measured["shift"] / 2
+    session = Session(backbone, text=BEFORE + SPAN + AFTER)
+    session.erase(SPAN, method="kveraser")
+    audit = session.audit(probes)
+    assert audit.kl is not None and audit.kl_unerased is not None
+    assert 0 < audit.kl < audit.kl_unerased / 2
 
 
 def test_its_card_says_how_it_was_made() -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from kveraser.backbone import Backbone
-from kveraser.eraser import SLOT_EMBEDDINGS, SPAN_BIAS, Eraser, EraserSettings
+from kveraser.eraser import SLOT_EMBEDDINGS, Eraser, EraserSettings
 from kveraser.errors import InputError
 from kveraser.training import loop
 from kveraser.training import prepared as prepared_module
@@ -164,14 +164,9 @@ def test_what_never_beats_its_start_is_not_kept(make: Make) -> None:
     assert ups and not any(kept[name].any() for name in ups) and any(trained[name].any() for name in ups)
 
 
-@pytest.mark.parametrize(
-    ("fields", "extra"),
-    [({"layout": "compact", "slots": 3}, SLOT_EMBEDDINGS), ({"layout": "suffix", "repair": 5}, SPAN_BIAS)],
-    ids=["compact", "suffix"],
-)
-def test_what_a_layout_learns_beside_the_lora_is_trained_saved_and_resumed(
-    make: Make, fields: dict[str, Any], extra: str
-) -> None:
+def test_what_a_layout_learns_beside_the_lora_is_trained_saved_and_resumed(make: Make) -> None:
+    fields: dict[str, Any] = {"layout": "compact", "slots": 3}
+    extra = SLOT_EMBEDDINGS
     whole, parted = make("whole", **fields), make("parted", **fields)
     best = train(whole, stop=2)
     train(parted, stop=1)

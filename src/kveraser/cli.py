@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kveraser.bench.commands import train as bench_train
-from kveraser.bench.commands import variants
 from kveraser.bench.commands_latency import latency
 from kveraser.bench.commands_quality import quality, sharing
 from kveraser.bench.commands_report import report
@@ -60,7 +59,6 @@ bench.command()(sharing)
 bench.command()(report)
 bench.command("train")(bench_train)
 bench.command("serve")(bench_serve)
-bench.command()(variants)
 
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 

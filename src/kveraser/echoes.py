@@ -19,11 +19,6 @@ CARRIED = 0.8
 """The share of its predecessor's score that a token has as well: what follows an echo was said because of it."""
 
 
-def widths(span: int, window: int, per_span: float, echoes: float = 0.0) -> tuple[int, int]:
-    """Suffix tokens to run after a span of `span` tokens: those behind the seam, and those that repeat the span."""
-    return window + round(per_span * span), round(echoes * span)
-
-
 def most_contaminated(tokens: Sequence[int], span: Span, window: int, echoes: int) -> list[int]:
     """Slots behind the span that an erase should compute afresh: the first `window`, then the `echoes` best others.
 

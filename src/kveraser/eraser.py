@@ -15,22 +15,25 @@ from typing import Any, Literal
 
 import torch
 
-from kveraser.echoes import widths
 from kveraser.errors import EraserError
 
-Layout = Literal["keep", "closed", "compact", "suffix"]
-LAYOUTS: tuple[Layout, ...] = ("keep", "closed", "compact", "suffix")
+Layout = Literal["keep", "closed", "compact"]
+LAYOUTS: tuple[Layout, ...] = ("keep", "closed", "compact")
 
 ADAPTER_NAME = "eraser"
 SETTINGS_FILE = "kveraser.json"
 EXTRAS_FILE = "kveraser.safetensors"
-SLOT_EMBEDDINGS, SPAN_BIAS = "slot_embeddings", "span_bias"
-
-FAINT = -5.0
-"""The span bias that training starts from: the whole span weighs e^-5 of what one of its tokens would."""
+SLOT_EMBEDDINGS = "slot_embeddings"
 CARD_FILE = "README.md"
 NOT_PLAIN = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication")
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def unknown_layout(layout: object) -> str:
+    """What to say of a layout that is not in `LAYOUTS`."""
+    if layout == "suffix":
+        return "layout suffix was removed, because it equaled the method follow: use follow, or train with layout keep"
+    return f"layout is {layout!r}, but it is one of {', '.join(LAYOUTS)}"
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,19 @@ class EraserSettings:
     Attributes:
         layout: where the steering states sit. `keep`: in the span's slots, at its positions (the paper's). `closed`: in
             its slots, at fractional positions in the closed gap. `compact`: in `slots` slots in the closed gap.
-            `suffix`: in suffix tokens, behind the closed gap; the span's slots are given back.
-        repair: suffix tokens that are computed afresh behind the steering states; with `suffix`, those that hold them.
+        repair: suffix tokens that are recomputed after the steering states.
         repair_per_span: as many more for every token of the span.
         slots: steering slots of `compact`.
-        echoes: of `suffix`: for every token of the span, suffix tokens that repeat it and hold steering states as well.
     """
 
     layout: Layout = "keep"
     repair: int = 0
     repair_per_span: float = 0.0
     slots: int = 0
-    echoes: float = 0.0
 
-    def widths(self, span: int) -> tuple[int, int]:
-        """Suffix tokens that are run after a span of `span` tokens: those behind the seam, and those that repeat it."""
-        return widths(span, self.repair, self.repair_per_span, self.echoes)
+    def window(self, span: int) -> int:
+        """Suffix tokens that are recomputed after a span of `span` tokens."""
+        return self.repair + round(self.repair_per_span * span)
 
     def check(self, source: str) -> None:
         """Refuse what no eraser can be.
@@ -65,21 +65,15 @@ class EraserSettings:
         """
         problem = None
         if self.layout not in LAYOUTS:
-            problem = f"layout is {self.layout!r}, but it is one of {', '.join(LAYOUTS)}"
+            problem = unknown_layout(self.layout)
         elif type(self.repair) is not int or self.repair < 0:
             problem = f"repair is {self.repair!r}, but it is a count from 0 on"
         elif type(self.repair_per_span) not in (int, float) or not 0 <= self.repair_per_span < inf:
             problem = f"repair_per_span is {self.repair_per_span!r}, but it is a number from 0 on"
         elif self.repair_per_span and not self.repair:
             problem = f"repair_per_span is {self.repair_per_span} with a repair of 0: give repair at least 1"
-        elif type(self.echoes) not in (int, float) or not 0 <= self.echoes < inf:
-            problem = f"echoes is {self.echoes!r}, but it is a number from 0 on"
-        elif self.echoes and self.layout != "suffix":
-            problem = f"echoes is {self.echoes} with layout {self.layout}: only suffix has them"
         elif type(self.slots) is not int or self.slots < 0 or (self.slots == 0) == (self.layout == "compact"):
             problem = f"slots is {self.slots!r}: layout compact has 1 or more, the others none"
-        elif self.layout == "suffix" and self.repair < 1:
-            problem = "repair is 0, but layout suffix needs suffix tokens to hold its steering states"
         if problem is not None:
             raise EraserError(f"{source}: {problem}")
 
@@ -92,8 +86,7 @@ class Eraser:
     Attributes:
         name: folder or hub id it came from.
         settings: the layout and repair window it was trained for.
-        extras: what its layout learns beside the LoRA: `slot_embeddings` `[slots, hidden]` (`compact`), or `span_bias`
-            `[1]`, added to the attention logits of the erased span while the suffix is steered (`suffix`).
+        extras: what its layout learns beside the LoRA: `slot_embeddings` `[slots, hidden]` (`compact`).
     """
 
     def __init__(
@@ -182,8 +175,6 @@ class Eraser:
                 # Tokens of the model's own, scaled as it scales them: the slots start as something that it can read.
                 drawn = torch.randint(len(embed.weight), (settings.slots,)).to(model.device)
                 extras[SLOT_EMBEDDINGS] = embed(drawn).detach().float()
-        if settings.layout == "suffix":
-            extras[SPAN_BIAS] = torch.tensor([FAINT])
         return cls(model, f"untrained(rank={rank})", settings, extras)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -276,10 +267,16 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
     try:
         config = PeftConfig.from_pretrained(str(folder))
         settings_file = folder / SETTINGS_FILE
-        settings = EraserSettings(**json.loads(settings_file.read_text("utf-8"))) if settings_file.is_file() else None
+        fields = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
+        if fields.get("layout", "keep") not in LAYOUTS:
+            # Settings of a removed layout have fields that no longer exist.
+            raise EraserError(f"{source}, {SETTINGS_FILE}: {unknown_layout(fields['layout'])}")
+        if fields.get("echoes") == 0:
+            # Earlier versions wrote this setting of the removed layout for every layout.
+            del fields["echoes"]
+        settings = EraserSettings(**fields)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise EraserError(f"{source}: its configuration can't be read ({error}): copy the folder again") from error
-    settings = settings or EraserSettings()
     settings.check(f"{source}, {SETTINGS_FILE}")
     if config.peft_type != PeftType.LORA:
         raise EraserError(f"{source} is a {config.peft_type} adapter: an eraser is a LoRA")
@@ -307,10 +304,9 @@ def _read_extras(folder: Path, source: str, settings: EraserSettings, model: Any
     from safetensors.torch import load_file
 
     hidden = model.get_input_embeddings().weight.shape[1]
-    needed = {"compact": {SLOT_EMBEDDINGS: (settings.slots, hidden)}, "suffix": {SPAN_BIAS: (1,)}}
-    wanted = needed.get(settings.layout, {})
-    if not wanted:
+    if settings.layout != "compact":
         return {}
+    wanted = {SLOT_EMBEDDINGS: (settings.slots, hidden)}
     try:
         found = load_file(str(folder / EXTRAS_FILE))
     except (SafetensorError, OSError, ValueError) as error:

@@ -18,12 +18,12 @@ from kveraser.cache import EditableCache
 from kveraser.dialogue import Answer, Dialogue
 from kveraser.erasing import erase_tokens
 from kveraser.errors import (
+    BackboneError,
     ContextLengthError,
     EraserError,
     InputError,
     KVEraserError,
     MethodError,
-    RotationError,
     SessionError,
 )
 from kveraser.methods import METHODS, NOT_LIVE, Method, default_method, make_method
@@ -67,7 +67,7 @@ class Session(Dialogue):
             The receipt, also appended to `receipts`.
 
         Raises:
-            SpanError, MethodError, EraserError, RotationError: the session is as before.
+            SpanError, MethodError, EraserError, BackboneError: the session is as before.
         """
         self._check_idle()
         spans = resolve(self.transcript, what)
@@ -79,7 +79,7 @@ class Session(Dialogue):
             raise MethodError("max_kl and probes belong to method='auto': leave them out, or audit afterwards")
         if method is None and parameters:
             raise MethodError(f"parameters {sorted(parameters)} without a method: name the method they are for")
-        chosen = default_method(self.backbone.eraser) if method is None else make_method(method, **parameters)
+        chosen = default_method(self.backbone) if method is None else make_method(method, **parameters)
         return self._erase(spans, chosen, undoable)
 
     def _erase(self, spans: Sequence[Span], method: Method, undoable: bool = True) -> Receipt:
@@ -137,7 +137,7 @@ class Session(Dialogue):
         for name, kind in METHODS.items():
             # What can't serve this backbone (no eraser, no rotary positions) is no candidate.
             if kind.removes_text:
-                with suppress(EraserError, RotationError):
+                with suppress(EraserError, BackboneError):
                     candidates.append(make_method(name).settled(self.backbone))
         # Exact comes last at equal cost, so that it is paid for only when nothing cheaper serves.
         candidates.sort(key=lambda method: (method.estimate(prefix, width, suffix), method.is_reference))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kveraser.console import bar, emit, print_rows, say
-from kveraser.errors import EraserError, RotationError
+from kveraser.errors import BackboneError, EraserError
 from kveraser.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
 NO_PEERS = "none"
@@ -54,7 +54,7 @@ def latency(
     for one in chosen:
         try:
             settled.append(one.settled(backbone))
-        except (EraserError, RotationError) as error:
+        except (EraserError, BackboneError) as error:
             if method:
                 raise
             notes.append(f"left out: {error}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kveraser.console import bar, emit, print_rows, say
-from kveraser.errors import EraserError, InputError, RotationError
+from kveraser.errors import BackboneError, EraserError, InputError
 from kveraser.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _served(methods: list[Method], backbone: Backbone, named: bool) -> tuple[lis
     for method in methods:
         try:
             served.append(method.settled(backbone))
-        except (EraserError, RotationError) as error:
+        except (EraserError, BackboneError) as error:
             unserved[method.name] = str(error)
     return served, unserved
 

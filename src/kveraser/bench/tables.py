@@ -165,21 +165,6 @@ def sharing_table(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"Sharing is {result['ratio']:.1f} times as fast."])
 
 
-def variants_table(result: Mapping[str, Any]) -> str:
-    """Small erasers that differ in one choice, a row a variant."""
-    lines = [
-        "| variant | trained on | tokens run | KL to exact | fidelity | leak | no-harm KL | answers against exact |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['variant']} | {row['trained_on']} | {row['tokens']:.0f} | {row['kl']:.4f} "
-        f"| {_with_interval(row, 'fidelity', 2)} | {row['leak']:+.3f} | {row['no_harm']:.4f} "
-        f"| {row['answers'] - row['answers_exact']:+.3f} |"
-        for row in result["rows"]
-    ]
-    return "\n".join(lines)
-
-
 def _margin(result: Mapping[str, Any], suite: str, axis: str | None = None) -> list[Mapping[str, Any]]:
     """The rows over all cells of a suite; with an axis, those over all cells of one value on it."""
     wanted = {"suite": suite} | {name: ALL for name in AXES if name not in ("suite", axis)}
@@ -255,7 +240,6 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "heldout_spans": ("heldout", heldout_spans_table),
     "heldout_lengths": ("heldout", heldout_lengths_table),
     "heldout_tasks": ("heldout", heldout_tasks_table),
-    "variants": ("variants", variants_table),
     "profile": ("profile", partial(suite_table, suite=ALL)),
     "niah": ("profile", partial(axis_table, suite="niah", axis="depth")),
     "longqa": ("profile", partial(suite_table, suite="longqa")),

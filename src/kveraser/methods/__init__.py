@@ -8,8 +8,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from kveraser.eraser import Eraser
-from kveraser.errors import MethodError
+from kveraser.backbone import Backbone
+from kveraser.errors import KVEraserError, MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method
 from kveraser.methods.blank import Blank
 from kveraser.methods.erratum import Erratum
@@ -78,12 +78,12 @@ def make_method(method: str | Method, **parameters: Any) -> Method:
         raise MethodError(f"{method!r}: {error}: check the parameter's type") from error
 
 
-def default_method(eraser: Eraser | None) -> Method:
-    """What `erase` uses when no method is named: the loaded eraser as it was trained, else the exact one."""
-    if eraser is None:
+def default_method(backbone: Backbone) -> Method:
+    """What `erase` uses when no method is named: `follow` where keys can be moved, else `recompute`."""
+    try:
+        return Follow().settled(backbone)
+    except KVEraserError:
         return Recompute()
-    settings = eraser.settings
-    return KVEraserRepair() if settings.repair and settings.layout != "suffix" else KVEraser()
 
 
 __all__ = ["METHODS", "NOT_LIVE", "Erased", "Method", "default_method", "make_method"]

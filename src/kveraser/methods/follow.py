@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.echoes import most_contaminated, widths
+from kveraser.echoes import most_contaminated
 from kveraser.methods.base import Erased, Method, check_widths, recompute_scattered, result
 from kveraser.methods.shift import Shift
 from kveraser.spans import Span
@@ -35,12 +37,21 @@ class Follow(Method):
         check_widths(self.name, self.window, self.per_span, self.echoes)
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        window, echoes = widths(len(span), self.window, self.per_span, self.echoes)
+        window, echoes = self.widths(len(span))
         chosen = [slot - len(span) for slot in most_contaminated(tokens, span, window, echoes)]
         shifted = Shift()(backbone, cache, tokens, span)
         remaining = [tokens[slot] for slot in shifted.slots]
         recompute_scattered(backbone, cache, remaining, span.start, chosen)
         return result(cache, shifted.slots, recomputed=len(chosen))
 
+    def settled(self, backbone: Backbone) -> Method:
+        # Refuse before the pass: only some attentions take the mask by which scattered tokens see what precedes them.
+        _ = backbone.attention_mask(torch.ones(1, 1, dtype=torch.bool))
+        return super().settled(backbone)
+
+    def widths(self, span: int) -> tuple[int, int]:
+        """Suffix tokens recomputed after a span of `span` tokens: those next to it, and those that repeat its words."""
+        return self.window + round(self.per_span * span), round(self.echoes * span)
+
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
-        return min(sum(widths(span, self.window, self.per_span, self.echoes)), suffix)
+        return min(sum(self.widths(span)), suffix)

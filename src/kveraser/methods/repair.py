@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.echoes import widths
 from kveraser.methods.base import Erased, Method, check_widths, recompute_window, result
 from kveraser.methods.shift import Shift
 from kveraser.spans import Span
@@ -15,9 +14,11 @@ from kveraser.spans import Span
 
 @dataclass(frozen=True)
 class Repair(Method):
-    """The tokens next to the seam took most from the span: the first of them are computed afresh.
+    """Recompute the suffix tokens next to the span, which attended to it most.
 
-    As many as `window`, and `per_span` more for every token of the span: a long span reaches further into the suffix.
+    Attributes:
+        window: tokens to recompute.
+        per_span: more of them for every token of the span.
     """
 
     window: int = 32
@@ -39,8 +40,8 @@ class Repair(Method):
         return result(cache, shifted.slots, recomputed)
 
     def width(self, span: int) -> int:
-        """Suffix tokens that are computed afresh after a span of `span` tokens."""
-        return widths(span, self.window, self.per_span)[0]
+        """Suffix tokens that are recomputed after a span of `span` tokens."""
+        return self.window + round(self.per_span * span)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return min(self.width(span), suffix)

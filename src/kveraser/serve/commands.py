@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kveraser.console import say
-from kveraser.errors import InputError, RotationError
+from kveraser.errors import InputError
 from kveraser.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Model, load_backbone
 
 if TYPE_CHECKING:
-    from kveraser.backbone import Backbone
     from kveraser.serve.access import Keys
 
 CONTEXTS, CLIENTS, TURNS = "Conversations and sessions", "Clients", "Sharing the model"
@@ -23,7 +22,6 @@ CONTEXTS, CLIENTS, TURNS = "Conversations and sessions", "Clients", "Sharing the
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20
-USUAL_METHOD = "repair(32)"
 SHUTDOWN_SECONDS = 10
 """How long answers under way may take to end when the server stops."""
 
@@ -127,7 +125,6 @@ def serve(
         from kveraser.serve.service import Limits, Service
 
         backbone = load_backbone(model, eraser, device, dtype)
-        method = method or _usual_method(backbone)
         engine = TransformersEngine(backbone, method)
         # A folder's place on this machine is nobody's business.
         engine.name = name or (Path(engine.name).name if Path(engine.name).is_dir() else engine.name)
@@ -165,22 +162,6 @@ def serve(
     if not server.started:
         raise InputError("the server did not start: its log says why")
     say("kveraser: stopped")
-
-
-def _usual_method(backbone: Backbone) -> str | None:
-    """How spans are erased where nobody says: by the loaded eraser, cheaply without one, exactly where keys can't move.
-
-    The library's own choice without an eraser is exact: a whole suffix in one go, while everyone else waits.
-    """
-    from kveraser.methods import make_method
-
-    if backbone.eraser is not None:
-        return None
-    try:
-        make_method(USUAL_METHOD).settled(backbone)
-    except RotationError:
-        return "recompute"
-    return USUAL_METHOD
 
 
 def _check_open(host: str, keys: Keys, without_keys: bool) -> None:

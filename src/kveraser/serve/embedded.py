@@ -11,7 +11,7 @@ import torch
 
 from kveraser.backbone import PREFILL_CHUNK, Backbone
 from kveraser.decode import AnswerText, Decoding, end_tokens
-from kveraser.errors import EraserError, InputError, RotationError, SessionError
+from kveraser.errors import BackboneError, EraserError, InputError, SessionError
 from kveraser.methods import METHODS, default_method, make_method
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
@@ -81,7 +81,7 @@ class TransformersEngine:
 
     Args:
         backbone: the model; while the engine is used, no other thread edits its contexts.
-        method: how spans are erased where a request names no method; None: the loaded eraser, or `recompute`.
+        method: how spans are erased where a request names no method; None: see `default_method`.
     """
 
     def __init__(self, backbone: Backbone, method: str | None = None) -> None:
@@ -99,10 +99,10 @@ class TransformersEngine:
 
     def methods(self) -> list[str]:
         """Those that serve this backbone, with the eraser that it has loaded."""
-        own = self.method or str(default_method(self.backbone.eraser))
+        own = self.method or str(default_method(self.backbone))
         found = [own]
         for name in METHODS:
-            with suppress(EraserError, RotationError):
+            with suppress(EraserError, BackboneError):
                 make_method(name).settled(self.backbone)
                 found.append(name)
         return list(dict.fromkeys(found))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from kveraser.errors import (
+    BackboneError,
     ContextLengthError,
     EraserError,
     InputError,
     KVEraserError,
     MethodError,
-    RotationError,
     SessionError,
     SpanError,
 )
@@ -145,7 +145,7 @@ def as_serve_error(error: KVEraserError) -> ServeError:
         return error
     if isinstance(error, ContextLengthError):
         return ContextOverflow(str(error))
-    if isinstance(error, SpanError | MethodError | InputError | EraserError | RotationError):
+    if isinstance(error, SpanError | MethodError | InputError | EraserError | BackboneError):
         return InvalidRequest(str(error))
     if isinstance(error, SessionError):
         return SessionBusy(str(error))

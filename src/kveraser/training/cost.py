@@ -119,14 +119,12 @@ def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelS
         adapter = recipe.adapter
         eraser = Eraser.untrained(model, adapter.rank, adapter.alpha)
     text = config.get_text_config(decoder=True)
-    # What layouts train beside the adapter: the slots' embeddings, and the weight that is left to the span.
-    beside = {"compact": settings.slots * text.hidden_size, "suffix": 1}
     adapted = sum(parameter.numel() for parameter in eraser.parameters().values())
     _, kv_heads, _, head_dim = cache.layers[0].keys.shape
     return ModelShape(
         parameters=parameters,
         linear=linear,
-        trainable=adapted + beside.get(settings.layout, 0),
+        trainable=adapted + settings.slots * text.hidden_size,
         adapter=adapted,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
@@ -153,9 +151,7 @@ def case_shape(case: TokenizedCase) -> CaseShape:
 def passes(case: CaseShape, settings: EraserSettings) -> tuple[float, float, float, float]:
     """Tokens that run with the adapter on and the slots they see; tokens repaired after them; slots edited."""
     p, m, s = case.prefix, case.span, case.suffix
-    window = min(sum(settings.widths(round(m))), s)
-    if settings.layout == "suffix":
-        return window, p + m, 0, p + s
+    window = min(settings.window(round(m)), s)
     if settings.layout == "compact":
         slots = min(settings.slots, m)
         return slots, p + m, window, p + slots + s

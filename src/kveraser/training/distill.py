@@ -16,12 +16,10 @@ from transformers.cache_utils import DynamicCache
 
 from kveraser.backbone import Backbone
 from kveraser.cache import KeyValue
-from kveraser.echoes import most_contaminated
 from kveraser.eraser import EraserSettings
 from kveraser.packed import Pair, pack
 from kveraser.scratch_cache import splice
-from kveraser.spans import Span
-from kveraser.steering import compact_states, span_states, steering_positions, suffix_states
+from kveraser.steering import compact_states, span_states, steering_positions
 from kveraser.training.cases import TokenizedCase
 
 Objective = Literal["kl", "ce", "both"]
@@ -175,42 +173,16 @@ def edited_log_probabilities(backbone: Backbone, prepared: PreparedBatch, settin
     if settings.layout != "keep":
         keys = backbone.rotation.rotate([keys for keys, _ in suffix], -m)
         suffix, start = [(key, value) for key, (_, value) in zip(keys, suffix, strict=True)], p
-    if settings.layout == "suffix":
-        parts = _steered_suffix(backbone, prepared, suffix, settings)
-    else:
-        window = min(settings.widths(m)[0], s)
-        parts = [prepared.prefix, _steering(backbone, prepared, settings)]
-        if window:
-            repaired = splice(*parts)
-            rerun = [case.suffix[:window] for case in cases]
-            _forward(backbone, rerun, torch.arange(start, start + window), repaired)
-            parts = [_states(repaired)]
-        parts.append([(keys[:, :, window:], values[:, :, window:]) for keys, values in suffix])
+    window = min(settings.window(m), s)
+    parts = [prepared.prefix, _steering(backbone, prepared, settings)]
+    if window:
+        repaired = splice(*parts)
+        rerun = [case.suffix[:window] for case in cases]
+        _forward(backbone, rerun, torch.arange(start, start + window), repaired)
+        parts = [_states(repaired)]
+    parts.append([(keys[:, :, window:], values[:, :, window:]) for keys, values in suffix])
     slots = sum(part[0][0].shape[2] for part in parts)
     return answer_log_probabilities(backbone, splice(*parts), slots, start + s, [case.queries for case in cases])
-
-
-def _steered_suffix(
-    backbone: Backbone, prepared: PreparedBatch, suffix: Sequence[KeyValue], settings: EraserSettings
-) -> list[list[KeyValue]]:
-    """Layout `suffix`: prefix, steered suffix tokens, the others; slots in any order, since positions tell it."""
-    cases = prepared.cases
-    p, m, s = shape(cases[0])
-    span = Span(p, p + m)
-    chosen = [most_contaminated(context(case), span, *settings.widths(m)) for case in cases]
-    if not chosen[0]:
-        return [prepared.prefix, list(suffix)]
-    places = torch.tensor(chosen) - (p + m)
-    others = torch.tensor([sorted(set(range(s)) - set(row)) for row in places.tolist()], dtype=torch.long)
-    rest = [(_gathered(keys, others), _gathered(values, others)) for keys, values in suffix]
-    tokens = [[case.suffix[place] for place in row] for case, row in zip(cases, places.tolist(), strict=True)]
-    return [prepared.prefix, suffix_states(backbone, prepared.before, rest, span, tokens, places, others), rest]
-
-
-def _gathered(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The slots `places` (`[batch, slots]`) of `states`, `[batch, kv_heads, slots, head_dim]`."""
-    index = places.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-    return states.gather(2, index)
 
 
 def _steering(backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings) -> list[KeyValue]:

@@ -135,7 +135,7 @@ class _Run:
         if recipe.initial is not None:
             eraser = self.backbone.load_eraser(recipe.initial)
             trained, wanted = eraser.settings, self.settings
-            if {trained.layout, wanted.layout} & {"compact", "suffix"} and (
+            if "compact" in {trained.layout, wanted.layout} and (
                 (trained.layout, trained.slots) != (wanted.layout, wanted.slots)
             ):
                 raise InputError(

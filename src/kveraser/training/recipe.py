@@ -60,7 +60,7 @@ class Recipe(_Strict):
             adapter, its optimizer and the objective are float32 in all.
         data: case file that `kveraser data build` wrote.
         output: folder of the run: checkpoints, the best eraser, the log.
-        layout, repair, repair_per_span, slots, echoes: what the eraser is trained for, as in `EraserSettings`.
+        layout, repair, repair_per_span, slots: what the eraser is trained for, as in `EraserSettings`.
         objective: `kl` distils the exact reference, `ce` is the paper's, `both` their sum.
         no_harm_weight: weight of answer tokens of queries the span never touched.
         epochs: passes over the training cases.
@@ -83,7 +83,6 @@ class Recipe(_Strict):
     repair: int = Field(default=0, ge=0)
     repair_per_span: float = Field(default=0.0, ge=0)
     slots: int = Field(default=0, ge=0)
-    echoes: float = Field(default=0.0, ge=0)
     objective: Literal["kl", "ce", "both"] = "kl"
     no_harm_weight: float = Field(default=1.0, ge=0)
     epochs: int = Field(default=1, ge=1)
@@ -103,7 +102,7 @@ class Recipe(_Strict):
         Raises:
             EraserError: what no eraser can be, such as layout `compact` without slots.
         """
-        settings = EraserSettings(self.layout, self.repair, self.repair_per_span, self.slots, self.echoes)
+        settings = EraserSettings(self.layout, self.repair, self.repair_per_span, self.slots)
         settings.check("recipe")
         return settings
 
