@@ -184,3 +184,12 @@ def test_a_text_that_only_the_template_shows_is_left_to_the_run(read: Read) -> N
     # So is an answer, where what is erased is.
     (case,) = read({"messages": CHAT, "erase": {"pattern": "t.n"}, "question": "When?", "answers": ["ten"]})
     assert case.queries[0].accepted == ("ten",)
+
+
+def test_an_answer_prefix_is_of_the_line_or_of_one_question(read: Read) -> None:
+    own = {"question": "When exactly?", "answer_prefix": "To be exact, at"}
+    fields = {key: value for key, value in LINE.items() if key != "question"}
+    (case,) = read(fields | {"questions": ["When?", own], "answer_prefix": "It opens at"})
+    assert [query.answer_prefix for query in case.queries] == ["It opens at", "To be exact, at"]
+    with pytest.raises(InputError, match=r"line 1: .*answer_prefix is '  ': give some words"):
+        read(LINE | {"answer_prefix": "  "})

@@ -218,6 +218,25 @@ def test_a_case_erases_a_sentence_of_the_dataset_with_another_value_of_the_same_
     assert len(swapped) > 4
 
 
+def test_the_answer_prefix_is_the_beginning_of_both_sentences(write: Callable[..., str]) -> None:
+    prefixed = 0
+    for case in make(write(squad(), "data.json"), cases=16).cases:
+        (prefix, (gold,), (wrong,)), (erased, remaining) = (
+            (case.queries[0].answer_prefix, case.queries[0].accepted, case.queries[0].wrong),
+            parts(case),
+        )
+        if prefix:
+            prefixed += 1
+            assert f"{prefix} {wrong}" in erased and f"{prefix} {gold}" in remaining
+    assert prefixed == 16
+
+
+def test_several_files_are_read_together(write: Callable[..., str]) -> None:
+    first, second = write(squad(), "one.json"), write(list(musique_rows()), "two.jsonl")
+    together = make(f"{first}, {second}", cases=100).cases
+    assert len(together) > max(len(make(first, cases=100).cases), len(make(second, cases=100).cases))
+
+
 def test_the_erased_tokens_are_the_statement_and_text_follows_it(write: Callable[..., str]) -> None:
     tokenizer = tiny_tokenizer()
     for case in make(write(list(musique_rows()))).cases:

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from kveraser.backbone import Backbone
+from kveraser.chat import answer_text, question_text
 from kveraser.errors import InputError
 from kveraser.probes import Probe, default_probes, default_secrets, mentions
+from kveraser.session import Session
 
 SPAN = "The captain is Ada."
 
@@ -66,3 +69,25 @@ def test_a_secret_is_given_away_as_a_word_of_its_own(text: str, secret: str, giv
 def test_probes_of_the_wrong_form_are_refused(arguments: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         Probe(**arguments)
+
+
+def test_a_probes_answer_goes_on_from_its_prefix(backbone: Backbone, plain_backbone: Backbone) -> None:
+    session = Session(backbone, text=PREFIX_TEXT)
+    session.erase("The red ship is old.", "mask")
+    prefixed = session.audit([Probe("What is old?", answer="ship", answer_prefix="The red")])
+    plain = session.audit([Probe("What is old?", answer="ship")])
+    assert prefixed.kl != plain.kl
+    # The same tokens, asked by hand: the answer stands behind the prefix, one space apart.
+    text = question_text(backbone.tokenizer, "What is old?", True, "The red") + answer_text("ship", "The red")
+    assert text.endswith("<|im_start|>assistant\nThe red ship")
+    other = Session(plain_backbone, text=PREFIX_TEXT)
+    other.erase("The red ship is old.", "mask")
+    before = len(other.transcript.tokens)
+    with pytest.raises(InputError, match="answer prefix 'The red' begins the assistant's turn, and this model has no"):
+        other.audit([Probe("What is old?", answer="ship", answer_prefix="The red")])
+    assert len(other.transcript.tokens) == before and other.receipts[-1].audit is None
+    with pytest.raises(InputError, match="answer prefix is '  '"):
+        Probe("What?", answer_prefix="  ")
+
+
+PREFIX_TEXT = "The red ship is old. The captain sails it at noon. The crew trusts him."

@@ -120,6 +120,28 @@ def intervals(of: Row) -> tuple[float | None, ...]:
     return of.kl_low, of.kl_high, of.fidelity_low, of.fidelity_high
 
 
+def test_harm_and_recovery_are_counted_over_what_the_reference_answers_right() -> None:
+    # What the method, the unerased cache and the reference said.
+    outcomes = [
+        *[(True, False, True)] * 3,  # flipped by the span, and recovered
+        (False, False, True),  # flipped, and not recovered
+        *[(True, True, True)] * 4,  # never harmed
+        (False, True, True),  # broken by the method
+        (True, False, False),  # the reference is wrong: dropped, whatever the others say
+        (False, True, False),
+    ]
+    asked_of = [asked("influence", 2, 0.1, 0.2, correct=outcome) for outcome in outcomes]
+    asked_of.append(asked("leak", 2, 0.1, 0.2, correct=(False, False, True)))
+    found = row(rows_of([result(f"c{number}", one) for number, one in enumerate(asked_of)]))
+    assert (found.judged, found.dropped, found.flipped) == (9, 2, 4)
+    assert found.recovered == 3 / 4 and found.broken == 1 / 5
+    # Wilson's interval for 3 of 4 and for 1 of 5.
+    assert [found.recovered_low, found.recovered_high] == pytest.approx([0.3006, 0.9544], abs=1e-4)
+    assert [found.broken_low, found.broken_high] == pytest.approx([0.0362, 0.6245], abs=1e-4)
+    unharmed = row(rows_of([result("c", asked("influence", 2, 0.1, 0.2, correct=(True, True, True)))]))
+    assert unharmed.flipped == 0 and unharmed.recovered is None and unharmed.broken == 0
+
+
 def test_intervals_are_a_bootstrap_over_contexts() -> None:
     cell = cell_row(rows_of(RESULTS, seed=7))
     sums = [(3.0, 9.0, 5.0), (1.0, 2.0, 10.0), (4.0, 5.0, 5.0)]

@@ -311,23 +311,39 @@ def reply_closing(tokenizer: Any) -> str:
     return as_turn(tokenizer, {"role": "assistant", "content": CONTENT}).partition(CONTENT)[2]
 
 
-def question_text(tokenizer: Any, question: str, turn_open: bool) -> str:
+def question_text(tokenizer: Any, question: str, turn_open: bool, answer_prefix: str = "") -> str:
     """The text that asks `question`: in the open user turn, as a turn of its own, or plainly without a template.
 
+    Args:
+        answer_prefix: text that the assistant's turn begins with; the answer goes on from it.
+
     Raises:
-        InputError: the question is empty.
+        InputError: the question is empty, or an answer prefix that is blank or has no assistant's turn to stand in.
     """
     if not isinstance(question, str) or not question.strip():
         raise InputError(f"the question is empty or no text ({question!r}): give some words")
+    if answer_prefix and not answer_prefix.strip():
+        raise InputError(f"the answer prefix is {answer_prefix!r}: give some words, or none")
     if not has_template(tokenizer):
+        if answer_prefix:
+            raise InputError(
+                f"the answer prefix {answer_prefix!r} begins the assistant's turn, and this model has no chat "
+                "template: leave it out, or use a model with a template"
+            )
         return PLAIN_QUESTION.format(question=question)
     if turn_open:
-        return f"\n\n{question}{first_turn_frame(tokenizer).closing}{reply_opening(tokenizer)}"
-    return as_turn(tokenizer, {"role": "user", "content": question}, generation_prompt=True)
+        return f"\n\n{question}{first_turn_frame(tokenizer).closing}{reply_opening(tokenizer)}{answer_prefix}"
+    return as_turn(tokenizer, {"role": "user", "content": question}, generation_prompt=True) + answer_prefix
+
+
+def answer_text(answer: str, answer_prefix: str) -> str:
+    """A forced answer as it stands behind its prefix: with a space between two words."""
+    apart = not answer_prefix or answer_prefix[-1].isspace() or answer[:1].isspace()
+    return answer if apart else f" {answer}"
 
 
 __all__ = [
-    "CONTENT", "PLAIN_QUESTION", "ChatMessage", "Frame", "as_turn", "continuation", "first_turn_frame",
+    "CONTENT", "PLAIN_QUESTION", "ChatMessage", "Frame", "answer_text", "as_turn", "continuation", "first_turn_frame",
     "first_turn_start", "has_template", "moved", "question_text", "render", "render_with_ranges", "reply_closing",
     "reply_opening",
 ]  # fmt: skip

@@ -75,9 +75,9 @@ class Dialogue(Context):
         self._prompt(question)
         return self._stream(question, keep, settings)
 
-    def _prompt(self, question: str) -> Piece:
+    def _prompt(self, question: str, answer_prefix: str = "") -> Piece:
         """The question as it is appended to the cache as it is now."""
-        text = chat.question_text(self.backbone.tokenizer, question, self.turn_open)
+        text = chat.question_text(self.backbone.tokenizer, question, self.turn_open, answer_prefix)
         prompt = Piece(text, *self._tokenize(text))
         self.backbone.check_room(self.cache.next_position, len(prompt.tokens))
         return prompt

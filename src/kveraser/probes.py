@@ -19,11 +19,13 @@ class Probe:
         kind: `influence` (does the span still steer the answer), `leak` (can the erased text be got out), `no_harm` (a
             question that the span never touched).
         answer: the text to force; None: the exact reference's own greedy answer.
+        answer_prefix: text that the assistant's turn begins with, in front of the answer.
     """
 
     question: str
     kind: ProbeKind = "influence"
     answer: str | None = None
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not self.question.strip():
@@ -32,6 +34,8 @@ class Probe:
             raise InputError(f"a probe's kind is {self.kind!r}, but it is one of {', '.join(get_args(ProbeKind))}")
         if self.answer is not None and (not isinstance(self.answer, str) or not self.answer):
             raise InputError(f"a probe's answer is {self.answer!r}: give some text, or None for the model's own")
+        if not isinstance(self.answer_prefix, str) or (self.answer_prefix and not self.answer_prefix.strip()):
+            raise InputError(f"a probe's answer prefix is {self.answer_prefix!r}: give some words, or none")
 
 
 def default_probes(before: str, erased: str, after: str) -> list[Probe]:

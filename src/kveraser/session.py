@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kveraser import chat
 from kveraser.audit import ANSWER_TOKENS, PreparedProbe, References, audit
 from kveraser.backbone import Backbone, Progress
 from kveraser.cache import EditableCache
@@ -244,8 +245,10 @@ class Session(Dialogue):
         prepared = [
             PreparedProbe(
                 probe,
-                tuple(self._prompt(probe.question).tokens),
-                None if probe.answer is None else tuple(self._tokenize(probe.answer)[0]),
+                tuple(self._prompt(probe.question, probe.answer_prefix).tokens),
+                None
+                if probe.answer is None
+                else tuple(self._tokenize(chat.answer_text(probe.answer, probe.answer_prefix))[0]),
             )
             for probe in probes
         ]

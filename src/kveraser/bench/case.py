@@ -11,7 +11,7 @@ from kveraser import chat
 from kveraser.backbone import encode
 from kveraser.errors import InputError, SpanError
 from kveraser.spans import Characters, Selector, Span, Transcript, resolve
-from kveraser.training.cases import CONTINUED_TOKENS, Case, Query
+from kveraser.training.cases import Case, Query
 
 ALL = "all"
 """In a cell's place of a value: the cell runs over every one."""
@@ -184,14 +184,7 @@ def tokenize_case(tokenizer: Any, context: TokenizedContext, case: BenchCase) ->
 
 
 def _asked(tokenizer: Any, context: TokenizedContext, case: BenchCase, query: Query) -> Asked:
-    answer = encode(tokenizer, query.answer)[0]
-    if query.question is None:
-        prompt, answer = answer[:CONTINUED_TOKENS], answer[CONTINUED_TOKENS:]
-    else:
-        prompt = encode(tokenizer, chat.question_text(tokenizer, query.question, context.turn_open))[0]
-    if not answer:
-        raise InputError(f"case {case.id}: the answer {query.answer!r} has no tokens to compare: make it longer")
-    return Asked(query, tuple(prompt), tuple(answer))
+    return Asked(query, *query.tokens(tokenizer, context.turn_open, case.id))
 
 
 def from_training_case(case: Case, cell: Cell) -> BenchCase:

@@ -22,7 +22,8 @@ METHODS_COMPARED = (
     "mask;shift;zero_value;blank;erratum;repair(32);repair(32, per_span=1.0);selective;follow;kveraser;kveraser+repair"
 )
 SHOWN = [
-    "suite", "task", "length", "span", "method", "cases", "em", "em_exact", "kl", "fidelity", "leak", "leak_rate",
+    "suite", "task", "length", "span", "method", "cases", "em", "em_exact", "flipped", "recovered", "broken",
+    "kl", "fidelity", "leak", "leak_rate",
     "no_harm", "recomputed",
 ]  # fmt: skip
 NEEDS_TEXT, TEXT = "heldout", "wikimedia/wikipedia"
@@ -45,7 +46,9 @@ def quality(
     corpus: Corpus = None,
     passages: Annotated[int | None, typer.Option(min=2, help="Most passages to read from the corpus.")] = None,
     column: Annotated[str, typer.Option(help="Text column of the corpus.")] = "text",
-    dataset: Annotated[str | None, typer.Option(help="Questions of longqa: a file, or a hub dataset.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Questions of longqa: files or hub datasets, separated by commas.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run: a line a case. One that was stopped goes on.")
     ] = None,
@@ -92,7 +95,11 @@ def quality(
     if corpus is None and any(plan.suite == NEEDS_TEXT for plan in plans):
         corpus = TEXT
     settings = QualitySettings(
-        plans, seed, _base(corpus), _base(dataset), None if case_file is None else case_file.name
+        plans,
+        seed,
+        _base(corpus),
+        _base(dataset),
+        None if case_file is None else case_file.name,
     )
     texts = read_passages(corpus, passages, column) if corpus is not None else ()
     backbone = load_backbone(model, eraser, device, dtype)
@@ -187,6 +194,8 @@ def _sizes(option: str, text: str | None) -> tuple[int, ...] | None:
     raise InputError(f"{option} {text!r} is not a list of numbers: write it as in 512,1024")
 
 
-def _base(source: str | None) -> str | None:
-    """A file's name, or a dataset's, for the record."""
-    return Path(source).name if source is not None and Path(source).is_file() else source
+def _base(sources: str | None) -> str | None:
+    """The names of files or datasets, separated by commas, for the record."""
+    if sources is None:
+        return None
+    return ",".join(Path(one).name if Path(one).is_file() else one for one in map(str.strip, sources.split(",")))

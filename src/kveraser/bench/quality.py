@@ -232,7 +232,7 @@ class _Measuring:
         case, transcript, spans = self.case.case, self.context.transcript, self.case.spans
         questions = [
             Question(one.query.question, one.query.kind, one.query.answer, len(one.answer),
-                     one.query.accepted, one.query.wrong)
+                     one.query.accepted, one.query.wrong, answer_prefix=one.query.answer_prefix)
             for one in self.case.asked
         ]  # fmt: skip
         if case.attack is not None:

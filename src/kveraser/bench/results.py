@@ -18,6 +18,7 @@ class Question:
     Attributes:
         expected: the forced answer; `tokens` of it are compared.
         adversarial: each cache was asked in the words that an adversary found for it.
+        answer_prefix: what the assistant's turn began with.
     """
 
     question: str | None
@@ -27,6 +28,7 @@ class Question:
     accepted: tuple[str, ...]
     wrong: tuple[str, ...]
     adversarial: bool = False
+    answer_prefix: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,11 @@ class Row:
         context_tokens, span_tokens: means of the cases; the cell says what they aim at.
         em, em_exact, em_unerased: share of judged questions answered right by the edited cache, by the exact reference,
             and by the cache that nothing was erased from.
+        judged: judged questions that the exact reference answers right; the next ones count among these. `dropped`:
+            those that it answers wrong.
+        flipped: those that the unerased cache answers wrong: the span did harm.
+        recovered: share of the flipped ones that the method answers right, with a 95% Wilson interval.
+        broken: share of those not flipped that the method answers wrong, with its interval.
         kl, kl_unerased: nats per answer token on influence questions; `kl_low`, `kl_high` the 95% interval of `kl`.
         fidelity: 1 - kl / kl_unerased, from sums, with its interval.
         leak: log-probability per token of the erased text above the exact reference's, in nats.
@@ -63,6 +69,15 @@ class Row:
     em: float | None
     em_exact: float | None
     em_unerased: float | None
+    judged: int
+    dropped: int
+    flipped: int
+    recovered: float | None
+    recovered_low: float | None
+    recovered_high: float | None
+    broken: float | None
+    broken_low: float | None
+    broken_high: float | None
     kl: float | None
     kl_low: float | None
     kl_high: float | None
@@ -125,6 +140,12 @@ def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
     low, high = _interval(edited, tokens, seed)
     fidelity, fidelity_low, fidelity_high = fidelity_interval(edited, unerased, round(sum(tokens)), seed)
     judged = [answers for result in group for answers in _asked(result, method) if answers[1].correct is not None]
+    # A leak question is judged by what it must not say, not by what the reference says.
+    kept = [answers for answers in judged if answers[0].kind != "leak" and answers[3].correct]
+    flipped = [bool(of_method.correct) for _, of_method, before, _ in kept if not before.correct]
+    broken = [not of_method.correct for _, of_method, before, _ in kept if before.correct]
+    recovered, recovered_low, recovered_high = _wilson(sum(flipped), len(flipped))
+    broke, broken_low, broken_high = _wilson(sum(broken), len(broken))
     leak = [answers for result in group for answers in _leaks(result, method)]
     untouched = [answers for result in group for answers in _asked(result, method, "no_harm")]
     return Row(
@@ -138,6 +159,15 @@ def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
         em=_mean(float(bool(of_method.correct)) for _, of_method, _, _ in judged),
         em_exact=_mean(float(bool(exact.correct)) for *_, exact in judged),
         em_unerased=_mean(float(bool(before.correct)) for _, _, before, _ in judged),
+        judged=len(kept),
+        dropped=sum(answers[0].kind != "leak" for answers in judged) - len(kept),
+        flipped=len(flipped),
+        recovered=recovered,
+        recovered_low=recovered_low,
+        recovered_high=recovered_high,
+        broken=broke,
+        broken_low=broken_low,
+        broken_high=broken_high,
         kl=_per_token(edited, tokens),
         kl_low=low,
         kl_high=high,
@@ -186,6 +216,16 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def _per_token(sums: Sequence[float], tokens: Sequence[float]) -> float | None:
     return sum(sums) / sum(tokens) if sum(tokens) else None
+
+
+def _wilson(count: int, of: int) -> tuple[float | None, float | None, float | None]:
+    """A share with its 95% Wilson score interval; None without any."""
+    if not of:
+        return None, None, None
+    share, z = count / of, 1.96
+    center, scale = (share + z * z / (2 * of)), 1 + z * z / of
+    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return share, max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
 
 
 def _interval(sums: Sequence[float], tokens: Sequence[float], seed: int) -> tuple[float | None, float | None]:

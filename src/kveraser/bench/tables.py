@@ -131,6 +131,46 @@ def suite_table(result: Mapping[str, Any], suite: str) -> str:
     return "\n".join(lines)
 
 
+def recovered_table(result: Mapping[str, Any], suite: str) -> str:
+    """What the span flipped and each method restored, over a suite, a row a method."""
+    rows = _margin(result, suite)
+    if not rows:
+        return "Not measured."
+    first = rows[0]
+    lines = [
+        f"{first['cases']} cases; the exact reference answers {first['judged']} questions right and {first['dropped']} "
+        f"wrong (exact match {first['em_exact']:.2f}); of those that it answers right, the span flipped "
+        f"{first['flipped']} to wrong.",
+        "",
+        "| method | recovered | broken | EM | KL to exact | tokens run |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{row['method']}` | {_with_interval(row, 'recovered', 2)} | {_with_interval(row, 'broken', 2)} "
+        f"| {row['em']:.2f} | {_with_interval(row, 'kl', 4)} | {row['recomputed']:.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def recovered_axis_table(result: Mapping[str, Any], suite: str, axis: str) -> str:
+    """The same by the values of an axis: recovered, and how many the span flipped; EM of the exact reference below."""
+    found = _margin(result, suite, axis)
+    values = sorted({row[axis] for row in found})
+    by = {(row["method"], row[axis]): row for row in found}
+    lines = ["| recovered | " + " | ".join(map(str, values)) + " |", "|---" * (len(values) + 1) + "|"]
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    for method in methods:
+        cells = [_with_interval(by[method, value], "recovered", 2) for value in values]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    if methods:
+        of = [by[methods[0], value] for value in values]
+        flipped = " | ".join(f"{row['flipped']} of {row['judged']}" for row in of)
+        exact = " | ".join(f"{row['em_exact']:.2f}" for row in of)
+        lines += [f"| flipped, of those judged | {flipped} |", f"| EM of the exact reference | {exact} |"]
+    return "\n".join(lines)
+
+
 def axis_table(result: Mapping[str, Any], suite: str, axis: str, measure: str = "fidelity") -> str:
     """A measure of one suite along one column of its cells, a row a method.
 
@@ -250,6 +290,11 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "sweep_count": ("profile", partial(axis_table, suite="sweeps", axis="spans")),
     "leak": ("profile", partial(axis_table, suite="leak", axis="task", measure="leak")),
     "leak_rate": ("profile", partial(axis_table, suite="leak", axis="task", measure="leak_rate")),
+    "ruler": ("ruler", partial(recovered_table, suite="ruler")),
+    "ruler_tasks": ("ruler", partial(recovered_axis_table, suite="ruler", axis="task")),
+    "ruler_lengths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="length")),
+    "ruler_depths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="depth")),
+    "documents": ("longqa", partial(recovered_table, suite="longqa")),
     "sharing": ("sharing", sharing_table),
     "serving": ("serving", serving_table),
     "serving_load": ("serving", serving_load_table),

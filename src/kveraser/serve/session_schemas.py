@@ -131,6 +131,7 @@ class ProbeFields(Request):
     question: Words
     kind: ProbeKind = "influence"
     answer: str | None = Field(None, min_length=1, description="The answer to force; null: the exact cache's own.")
+    answer_prefix: str = Field("", description="Text that the assistant's turn begins with, in front of the answer.")
 
 
 class AuditRequest(Request):

@@ -33,6 +33,8 @@ class Query:
             touched).
         accepted: strings of which a greedy answer must contain one, after `normalized`; empty: not scored.
         wrong: strings of which it must contain none.
+        answer_prefix: text that the assistant's turn begins with, in front of the answer; needs a question and a chat
+            template.
     """
 
     question: str | None
@@ -40,6 +42,32 @@ class Query:
     kind: QueryKind = "influence"
     accepted: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
+    answer_prefix: str = ""
+
+    def tokens(self, tokenizer: Any, turn_open: bool, case: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What is appended to the cache, and the answer that is forced after it, as token ids.
+
+        Args:
+            turn_open: the context ends inside the user's turn.
+            case: id of the case, for messages.
+
+        Raises:
+            InputError: an answer without tokens, or an answer prefix without a question or a chat template.
+        """
+        answer = tuple(encode(tokenizer, chat.answer_text(self.answer, self.answer_prefix))[0])
+        if self.question is None:
+            if self.answer_prefix:
+                raise InputError(f"case {case}: an answer prefix ({self.answer_prefix!r}) needs a question: give one")
+            prompt, answer = answer[:CONTINUED_TOKENS], answer[CONTINUED_TOKENS:]
+        else:
+            try:
+                text = chat.question_text(tokenizer, self.question, turn_open, self.answer_prefix)
+            except InputError as error:
+                raise InputError(f"case {case}: {error}") from error
+            prompt = tuple(encode(tokenizer, text)[0])
+        if not answer:
+            raise InputError(f"case {case}: the answer {self.answer!r} has no tokens to compare: make it longer")
+        return prompt, answer
 
 
 @dataclass(frozen=True)
@@ -101,16 +129,6 @@ def tokenize_with(tokenizer: Any, case: Case) -> TokenizedCase:
     transcript = Transcript()
     transcript.append(opening + case.context, *encode(tokenizer, opening + case.context, special=not templated))
     span: Span = transcript.snap(len(opening) + case.span[0], len(opening) + case.span[1])
-    queries = []
-    for query in case.queries:
-        answer = encode(tokenizer, query.answer)[0]
-        if query.question is None:
-            prompt, answer = answer[:CONTINUED_TOKENS], answer[CONTINUED_TOKENS:]
-        else:
-            prompt = encode(tokenizer, chat.question_text(tokenizer, query.question, templated))[0]
-        if not answer:
-            raise InputError(f"case {case.id}: the answer {query.answer!r} has no tokens to compare: make it longer")
-        queries.append((tuple(prompt), tuple(answer)))
     tokens = transcript.tokens
     return TokenizedCase(
         id=case.id,
@@ -118,7 +136,7 @@ def tokenize_with(tokenizer: Any, case: Case) -> TokenizedCase:
         prefix=tuple(tokens[: span.start]),
         span=tuple(tokens[span.start : span.end]),
         suffix=tuple(tokens[span.end :]),
-        queries=tuple(queries),
+        queries=tuple(query.tokens(tokenizer, templated, case.id) for query in case.queries),
         kinds=tuple(query.kind for query in case.queries),
         accepted=tuple(query.accepted for query in case.queries),
         wrong=tuple(query.wrong for query in case.queries),

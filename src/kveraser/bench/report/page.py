@@ -21,6 +21,8 @@ COLUMNS = (
     ("fidelity", "1 is exact, 0 is not erased, with its 95% interval"),
     ("EM", "share of questions answered right"),
     ("EM exact", "the same of the exact reference"),
+    ("recovered", "share of the questions that the span flipped to wrong which are right again, with its 95% interval"),
+    ("broken", "share of the questions that were right before the erase and are wrong after it, with its 95% interval"),
     ("leak", "nats per token of erased text above the exact reference"),
     ("leak rate", "how often a secret is given away, above the exact reference"),
     ("no-harm KL", "KL where the span has no influence, nats per answer token"),
@@ -178,6 +180,8 @@ def _measures(row: Mapping[str, Any]) -> list[str]:
         _interval(row, "fidelity", 2),
         _number(row["em"], ".2f"),
         _number(row["em_exact"], ".2f"),
+        _interval(row, "recovered", 2),
+        _interval(row, "broken", 2),
         _number(row["leak"], "+.3f"),
         _number(row["leak_rate"], "+.2f"),
         _number(row["no_harm"], ".4f"),
@@ -192,7 +196,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _interval(row: Mapping[str, Any], name: str, digits: int) -> str:
-    value, low, high = (_number(row[key], f".{digits}f") for key in (name, f"{name}_low", f"{name}_high"))
+    value, low, high = (_number(row.get(key), f".{digits}f") for key in (name, f"{name}_low", f"{name}_high"))
     return f'{value} <span class="interval">{low} to {high}</span>' if value and low and high and low != high else value
 
 

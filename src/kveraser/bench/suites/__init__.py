@@ -8,9 +8,12 @@ from kveraser.bench.suites.heldout import HELDOUT
 from kveraser.bench.suites.leak import LEAK
 from kveraser.bench.suites.longqa import LONGQA
 from kveraser.bench.suites.niah import NIAH
+from kveraser.bench.suites.ruler import RULER
 from kveraser.bench.suites.scenarios import SCENARIOS
 from kveraser.bench.suites.sweeps import SWEEPS
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (HELDOUT, NIAH, LONGQA, SCENARIOS, CHAINS, SWEEPS, LEAK)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (HELDOUT, NIAH, RULER, LONGQA, SCENARIOS, CHAINS, SWEEPS, LEAK)
+}
 
 __all__ = ["SUITES", "Made", "Suite", "SuiteSettings"]

@@ -46,6 +46,7 @@ class _Asked(BaseModel):
     wrong: list[str] | None = None
     kind: QueryKind | None = None
     answer: str | None = None
+    answer_prefix: str | None = None
 
 
 class _Line(BaseModel):
@@ -63,6 +64,7 @@ class _Line(BaseModel):
     wrong: list[str] = Field(default_factory=list)
     kind: QueryKind = "influence"
     answer: str | None = None
+    answer_prefix: str = ""
     task: str = NAME
 
 
@@ -71,9 +73,10 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
 
     Keys: `id` (default: the line's number), `context` or `messages`, `erase` (a text, `[start, end]` in characters, an
     object such as `{"message": 3}`, or a list of such), `question` or `questions` (texts, or objects with `question`,
-    `answers`, `wrong`, `kind` and `answer`), `answers` (those accepted), `wrong` (none of which may be said), `kind`
-    (influence, leak or no_harm), `answer` (the one that is forced; default: the first of `answers`) and `task`. The
-    answers of a leak question are what must not come out.
+    `answers`, `wrong`, `kind`, `answer` and `answer_prefix`), `answers` (those accepted), `wrong` (none of which may be
+    said), `kind` (influence, leak or no_harm), `answer` (the one that is forced; default: the first of `answers`),
+    `answer_prefix` (text that the assistant's turn begins with, which the answer goes on from) and `task`. The answers
+    of a leak question are what must not come out.
 
     Raises:
         InputError: no such file, no case in it, or malformed lines; all are numbered, the first ten with what is wrong.
@@ -200,8 +203,11 @@ def _query(given: _Line, asked: _Asked, remaining: str | None) -> Query:
         raise InputError(f"{place}: {empty!r} is no answer: nothing stays of it without articles and punctuation")
     if not answer.strip():
         raise InputError(f"{place}: answer is empty: give the text to force, or leave it out for the first of answers")
+    prefix = given.answer_prefix if asked.answer_prefix is None else asked.answer_prefix
+    if prefix and not prefix.strip():
+        raise InputError(f"{place}: answer_prefix is {prefix!r}: give some words, or leave it out")
     if kind == "leak":
-        return Query(asked.question, answer, kind, wrong=tuple(wrong or answers))
+        return Query(asked.question, answer, kind, wrong=tuple(wrong or answers), answer_prefix=prefix)
     barred = next((text for text in wrong if all(holds(accepted, text) for accepted in answers)), None)
     if barred is not None:
         raise InputError(f"{place}: {barred!r} is wrong and stands in every accepted answer: no answer could be right")
@@ -212,7 +218,7 @@ def _query(given: _Line, asked: _Asked, remaining: str | None) -> Query:
             f"{place}: none of the answers {', '.join(map(repr, answers))} stands in the context without what is "
             "erased, nor in the question: correct them, or ask with kind leak for what is erased"
         )
-    return Query(asked.question, answer, kind, tuple(answers), tuple(wrong))
+    return Query(asked.question, answer, kind, tuple(answers), tuple(wrong), prefix)
 
 
 def _explained(error: Any) -> str:

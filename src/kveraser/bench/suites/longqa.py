@@ -35,6 +35,8 @@ GO_ON = 'How does the sentence that begins with "{words}" go on in the text abov
 QUOTED_SENTENCE = 10, 60
 """Words of a sentence that is quoted by its beginning."""
 QUOTED_WORDS, LONGEST_ANSWER = 10, 24
+PREFIX_WORDS = 3
+"""Fewer words of a sentence are no answer prefix: they would not say which sentence it is."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def make(settings: SuiteSettings) -> Made:
             "SQuAD, MuSiQue, HotpotQA, 2WikiMultiHopQA or IIRC, or rows of question, answers and passages) or name a "
             f"hub dataset, such as {', '.join(HUB_DATASETS)}"
         )
-    questions = read_questions(settings.dataset)
+    questions = [question for source in settings.dataset.split(",") for question in read_questions(source.strip())]
     contradicted, without = false_answers(questions, settings.seed)
     reasons = ", ".join(f"{count} {reason}" for reason, count in without.items())
     if not contradicted:
@@ -119,12 +121,18 @@ def _cases(writer: _Writer, order: Sequence[FalseAnswer], length: int, settings:
             span = Characters(start, start + len(str(blocks[at])) + len(SEPARATOR))
             question, answers = false.question, false.question.answers
             asked = REQUEST.format(question=question.text.strip())
-            queries = [Query(asked, answers[0], accepted=answers, wrong=(false.value,))]
+            queries = [Query(asked, answers[0], accepted=answers, wrong=(false.value,), answer_prefix=_prefix(false))]
             if number % 2:
                 queries += _go_on(rng, blocks, context, false)
             case_id = f"{NAME}/{TASK}/{length}/{number}"
             yield BenchCase(case_id, Cell(NAME, TASK, length), context, (span,), tuple(queries))
             number += 1
+
+
+def _prefix(false: FalseAnswer) -> str:
+    """The words of the false sentence in front of its value, which the true sentence has as well; none where few."""
+    words = false.sentence.partition(false.value)[0].strip()
+    return words if len(words.split()) >= PREFIX_WORDS else ""
 
 
 def _go_on(rng: random.Random, blocks: Sequence[_Block], context: str, false: FalseAnswer) -> list[Query]:
