@@ -272,3 +272,22 @@ def test_another_thread_never_sees_the_adapter() -> None:
         assert distance([plain(backbone)], [before]) > 1e-2 and not seen
     thread.join(timeout=60)
     assert len(seen) == 1 and torch.equal(seen[0], before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_pass_without_gradients_computes_what_peft_computes(family: str) -> None:
+    backbone = tiny_backbone(family)
+    eraser = attach_random_eraser(backbone)
+    tokens = torch.tensor([random_tokens(24)])
+
+    def last() -> torch.Tensor:
+        with eraser.active():
+            output: torch.Tensor = backbone.model.base_model(input_ids=tokens).last_hidden_state
+        return output.detach()
+
+    with torch.no_grad():
+        bare = backbone.model.base_model(input_ids=tokens).last_hidden_state
+        in_place = last()
+    # With gradients on, PEFT's own forward pass runs.
+    assert (in_place - last()).norm() < 1e-5 * in_place.norm()
+    assert (in_place - bare).norm() > 0.1 * bare.norm()

@@ -154,8 +154,13 @@ def test_the_command_takes_peers_by_name(run: Run, model: str, monkeypatch: pyte
     assert result["settings"]["peers"] == ["scripted", "absent"]
     result = read(run(*asked, "--peers", "none", "--json"))
     assert (result["peers"], result["peers_skipped"], result["ratios"]) == ([], [], [])
-    code, out, err = run(*asked, "--peers", "scripted,absent", "--lengths", "64,1024")
-    assert code == 0 and "scripted" in out and "Skipped: absent: not for" in err and "Left out: 1024 tokens" in err
+    monkeypatch.setattr(latency, "_free_bytes", lambda _: 10_000_000)
+    code, out, err = run(*asked, "--peers", "scripted,absent", "--lengths", "64,1000000000")
+    assert code == 0 and "scripted" in out and "Skipped: absent: not for" in err and "Left out: 1000000000 tok" in err
+    # Random states beyond the positions are not what a peer would read.
+    result = read(run(*asked, "--peers", "scripted", "--lengths", "64,1024", "--json"))
+    assert [(row["context"], row["extended"]) for row in result["rows"]] == [(64, False), (1024, True)]
+    assert {row["context"] for row in result["peers"]} == {64}
     code, _, err = run(*asked, "--peers", "unheard")
     assert code == 2 and "unheard" in err and "scripted" in err
 

@@ -11,7 +11,7 @@ from kveraser.errors import BackboneError, EraserError
 from kveraser.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
 NO_PEERS = "none"
-SHOWN = ["method", "context", "seconds", "seconds / floor", "first token", "extra / span", "recomputed"]
+SHOWN = ["method", "context", "extended", "seconds", "floor_ratio", "first token", "extra / span", "recomputed"]
 
 
 def latency(
@@ -19,7 +19,9 @@ def latency(
     span: Annotated[int, typer.Option(min=1, help="Tokens to erase.")] = 100,
     depth: Annotated[float, typer.Option(help="Where the span begins, as a fraction of the context.")] = 0.1,
     method: Annotated[list[str] | None, typer.Option(help="Default: every method.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds after one of warm-up.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed rounds after one of warm-up; slow methods have the warm-up alone.")
+    ] = 3,
     peers: Annotated[
         str, typer.Option(help="Other engines, separated by commas, or none. Those not installed are skipped.")
     ] = "llama.cpp,vllm",
@@ -66,6 +68,7 @@ def latency(
         emit(result)
         return
     print_rows("Latency", [_shown(row) for row in result["rows"]], SHOWN)
+    print_rows("Growth", result["growth"], ["method", "shortest", "longest", "growth", "floor_growth", "paper"])
     if result["peers"]:
         columns = ["peer", "operation", "context", "seconds", "first_token_seconds", "answer"]
         print_rows("Peers", result["peers"], columns)
@@ -81,7 +84,6 @@ def latency(
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return row | {
-        "seconds / floor": row["seconds"] / row["floor_seconds"],
         "first token": row["first_token_seconds"],
         "extra / span": row["extra_bytes"] / row["span_bytes"],
     }

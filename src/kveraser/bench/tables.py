@@ -14,6 +14,7 @@ from kveraser.bench.case import ALL
 from kveraser.bench.rows import AXES
 from kveraser.errors import InputError
 
+NOT_MEASURED = "Not measured."
 MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -35,13 +36,14 @@ def demo_table(result: Mapping[str, Any]) -> str:
 
 
 def latency_table(result: Mapping[str, Any]) -> str:
-    """Milliseconds an erase takes, a row a method and a column a context length."""
+    """Milliseconds an erase takes, a row a method and a column a context length; below, learned erases over the bare
+    forward pass of the span."""
     rows = result["rows"]
     lengths = list(dict.fromkeys(row["context"] for row in rows))
     cells = {(row["method"], row["context"]): f"{row['seconds'] * 1000:.0f}" for row in rows}
     floors = {row["context"]: f"{row['floor_seconds'] * 1000:.0f}" for row in rows}
     lines = [
-        "| milliseconds | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
+        "| milliseconds | " + " | ".join(_length_headings(result)) + " |",
         "|---" * (len(lengths) + 1) + "|",
     ]
     lines += [
@@ -49,7 +51,34 @@ def latency_table(result: Mapping[str, Any]) -> str:
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
     lines.append("| bare forward pass of the span | " + " | ".join(floors[length] for length in lengths) + " |")
+    ratios = {(row["method"], row["context"]): row["floor_ratio"] for row in rows if "floor_ratio" in row}
+    for method in dict.fromkeys(method for method, _ in ratios if method.startswith("kveraser")):
+        cells_of = [f"{ratios[method, length]:.2f}" for length in lengths]
+        lines.append(f"| `{method}` / bare forward pass | " + " | ".join(cells_of) + " |")
     return "\n".join(lines)
+
+
+def latency_growth_table(result: Mapping[str, Any]) -> str:
+    """How much longer an erase takes at the longest context than at the shortest, a row a method."""
+    growth = result["growth"]
+    if not growth:
+        return NOT_MEASURED
+    first = growth[0]
+    lines = [
+        f"| seconds at {first['longest']} tokens / seconds at {first['shortest']} | measured | paper, 1K to 32K |",
+        "|---|---|---|",
+    ]
+    for row in growth:
+        paper = "" if row.get("paper") is None else f"{row['paper']:.2f}"
+        lines.append(f"| `{row['method']}` | {row['growth']:.2f} | {paper} |")
+    lines.append(f"| bare forward pass of the span | {first['floor_growth']:.2f} | |")
+    return "\n".join(lines)
+
+
+def _length_headings(result: Mapping[str, Any]) -> list[str]:
+    """Context lengths of a latency result; those beyond the backbone's positions are marked."""
+    extended = {row["context"]: row.get("extended") for row in result["rows"]}
+    return [f"{length} tokens{' (extended)' if extended[length] else ''}" for length in extended]
 
 
 def first_token_table(result: Mapping[str, Any]) -> str:
@@ -60,7 +89,7 @@ def first_token_table(result: Mapping[str, Any]) -> str:
         (f"{row['peer']}: {row['operation']}", row["context"]): row["first_token_seconds"] for row in result["peers"]
     }
     lines = [
-        "| milliseconds to the first token | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
+        "| milliseconds to the first token | " + " | ".join(_length_headings(result)) + " |",
         "|---" * (len(lengths) + 1) + "|",
     ]
     for name in dict.fromkeys(name for name, _ in seconds):
@@ -113,7 +142,7 @@ def suite_table(result: Mapping[str, Any], suite: str) -> str:
     ]
     rows = _margin(result, suite)
     if not rows:
-        return "Not measured."
+        return NOT_MEASURED
     for row in rows:
         leak = "-" if row["leak"] is None else f"{row['leak']:+.3f}"
         rate = "-" if row["leak_rate"] is None else f"{row['leak_rate']:+.2f}"
@@ -180,7 +209,7 @@ def axis_table(result: Mapping[str, Any], suite: str, axis: str, measure: str = 
     """
     rows = [row for row in _margin(result, suite, axis) if row[measure] is not None]
     if not rows:
-        return "Not measured."
+        return NOT_MEASURED
     values = list(dict.fromkeys(row[axis] for row in rows))
     values = values if axis == "task" else sorted(values)
     found = {(row["method"], row[axis]): row for row in rows}
@@ -275,6 +304,7 @@ def _with_interval(row: Mapping[str, Any], name: str, digits: int) -> str:
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "demo": ("demo", demo_table),
     "latency": ("latency", latency_table),
+    "latency_growth": ("latency", latency_growth_table),
     "first_token": ("latency", first_token_table),
     "heldout": ("heldout", heldout_table),
     "heldout_spans": ("heldout", heldout_spans_table),
@@ -307,22 +337,20 @@ DOCUMENTS = ("README.md", "docs/eraser.md", "docs/results.md", "src/kveraser/era
 
 
 def fill(document: str, results: Path) -> str:
-    """`document` with every marked table rendered from its result file in `results`.
+    """`document` with every marked table rendered from its result file in `results`, if that exists.
 
     Raises:
-        InputError: a table that nothing renders, or a result file that is missing.
+        InputError: a table that nothing renders.
     """
 
     def render(match: re.Match[str]) -> str:
         name = match.group("name")
         result, rendered = TABLES.get(name, (name, None))
         source = results / f"{result}.json"
-        if rendered is None or not source.is_file():
-            raise InputError(
-                f"the table {name!r} has no renderer or no {source}: "
-                "measure it with make results, results-eraser or results-suites"
-            )
-        return f"<!-- table: {name} -->\n{rendered(json.loads(source.read_text('utf-8')))}\n<!-- end -->"
+        if rendered is None:
+            raise InputError(f"the table {name!r} has no renderer: there are {', '.join(TABLES)}")
+        table = rendered(json.loads(source.read_text("utf-8"))) if source.is_file() else NOT_MEASURED
+        return f"<!-- table: {name} -->\n{table}\n<!-- end -->"
 
     return MARKED.sub(render, document)
 

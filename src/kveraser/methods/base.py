@@ -86,6 +86,11 @@ class Method(ABC):
         return self
 
     @property
+    def changes_only_span(self) -> bool:
+        """Whether every bit outside the span's slots stays as it is, as shared, paged or quantized caches need."""
+        return False
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """The parameters by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]

@@ -28,6 +28,10 @@ class Blank(Method):
         if not isinstance(self.filler, str) or not self.filler:
             raise MethodError(f"blank: filler is {self.filler!r}, but it is some neutral text, such as a line break")
 
+    @property
+    def changes_only_span(self) -> bool:
+        return True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         filler = backbone.tokenizer.encode(self.filler, add_special_tokens=False)
         if not filler:

@@ -71,6 +71,10 @@ class KVEraser(Method):
             _ = backbone.rotation
         return replace(self, layout=layout)
 
+    @property
+    def changes_only_span(self) -> bool:
+        return self.layout == "keep"
+
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return span
 

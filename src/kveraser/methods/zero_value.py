@@ -20,6 +20,10 @@ class ZeroValue(Method):
     cost = "0 tokens"
     source = "LineageKV"
 
+    @property
+    def changes_only_span(self) -> bool:
+        return True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
         cache.zero_values(span.start, span.end)
         return result(cache, silenced(cache.length, span), recomputed=0)

@@ -215,7 +215,8 @@ def _latency(results: Results, looks: Mapping[str, MethodStyle]) -> Drawn | None
         "latency",
         "Latency against context length",
         "Both axes are logarithmic, lower is faster and a flat line costs the same whatever the context; dotted is "
-        "what to compare with, the bare forward pass of the erased tokens or a fresh prefill of the rest.",
+        "what to compare with, the bare forward pass of the erased tokens or a fresh prefill of the rest; an extended "
+        "length is beyond the model's positions and timed on random states.",
     )
 
 
@@ -247,7 +248,8 @@ def _draw_latency(
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     contexts = sorted({context for _, points in series.values() for context in points})
-    axes.set_xticks(contexts, [str(context) for context in contexts])
+    extended = {row["context"] for row in results.latency if row.get("extended")}
+    axes.set_xticks(contexts, [f"{context}\nextended" if context in extended else str(context) for context in contexts])
     axes.minorticks_off()
     write_names(figure, axes, ends, leaders=True)
 
