@@ -164,7 +164,7 @@ def recovered_table(result: Mapping[str, Any], suite: str) -> str:
     """What the span flipped and each method restored, over a suite, a row a method."""
     rows = _margin(result, suite)
     if not rows:
-        return "Not measured."
+        return NOT_MEASURED
     first = rows[0]
     lines = [
         f"{first['cases']} cases; the exact reference answers {first['judged']} questions right and {first['dropped']} "
@@ -324,6 +324,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "ruler_tasks": ("ruler", partial(recovered_axis_table, suite="ruler", axis="task")),
     "ruler_lengths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="length")),
     "ruler_depths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="depth")),
+    "assignments": ("assignments", partial(recovered_table, suite="ruler")),
     "documents": ("longqa", partial(recovered_table, suite="longqa")),
     "sharing": ("sharing", sharing_table),
     "serving": ("serving", serving_table),
