@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from kveraser.eraser import EraserSettings
 from kveraser.methods import make_method
 from kveraser.spans import Span
 from kveraser.training.cases import TokenizedCase
-from kveraser.training.distill import case_losses, edited_log_probabilities, prepare, shared_prefills, token_kl
+from kveraser.training.checkpoint import TrainingError
+from kveraser.training.distill import (
+    case_losses,
+    check_head,
+    edited_log_probabilities,
+    prepare,
+    shared_prefills,
+    token_kl,
+)
 from tests.tiny import attach_random_eraser, random_tokens, tiny_backbone
 
 P, M, S = 20, 9, 25
@@ -77,6 +86,37 @@ def test_the_teacher_is_the_exact_reference_on_each_query_alone(erasing: Backbon
     assert prepared.unerased is not None
     assert float(prepared.unerased.sum()) == pytest.approx(float(token_kl(alone, with_span).sum()), rel=1e-3)
     assert prepare(erasing, [CASE]).unerased is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "plain"),
+    [
+        ("granite", {"logits_scaling": 4.0}, {"logits_scaling": 1.0}),
+        ("cohere", {"logit_scale": 0.25}, {"logit_scale": 1.0}),
+        ("llama", {}, None),
+    ],
+)
+def test_logits_are_scaled_as_the_model_scales_them(
+    family: str, changes: dict[str, Any], plain: dict[str, Any] | None
+) -> None:
+    backbone = tiny_backbone(family, **changes)
+    prepared = prepare(backbone, [CASE])
+    cache = backbone.prefill([*CASE.prefix, *CASE.suffix])
+    alone = torch.cat([score(backbone, cache, prompt, answer) for prompt, answer in CASE.queries])
+    assert difference(prepared.teacher, alone) < 1e-4
+    if plain is not None:
+        for name, value in plain.items():
+            setattr(backbone.model.config, name, value)
+        assert difference(prepare(backbone, [CASE]).teacher, alone) > 0.05
+
+
+def test_a_model_with_logits_of_its_own_kind_is_refused_before_training() -> None:
+    backbone = tiny_backbone()
+    check_head(backbone)
+    head = backbone.model.get_output_embeddings()
+    backbone.model.get_output_embeddings = lambda: lambda hidden: 2 * head(hidden)
+    with pytest.raises(TrainingError, match="tiny-llama computes its logits in a way that training does not know"):
+        check_head(backbone)
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)

@@ -21,8 +21,12 @@ from kveraser.packed import Pair, pack
 from kveraser.scratch_cache import splice
 from kveraser.steering import compact_states, span_states, steering_positions
 from kveraser.training.cases import TokenizedCase
+from kveraser.training.checkpoint import TrainingError
 
 Objective = Literal["kl", "ce", "both"]
+
+HEAD_TOLERANCE = 0.05
+"""Nats: far above rounding in 16 bits, far below what another scale of the logits makes."""
 
 Shape = tuple[int, int, int]
 """Tokens of prefix, span and suffix."""
@@ -204,9 +208,36 @@ def answer_log_probabilities(
 
 
 def log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of last hidden states `[tokens, hidden]`, float32 `[tokens, vocabulary]`."""
+    """Log-probabilities of last hidden states `[tokens, hidden]`, float32 `[tokens, vocabulary]`.
+
+    Logits are scaled and capped as in the model's own forward: Granite divides by `logits_scaling`, Cohere multiplies
+    by `logit_scale`, Gemma 2 and later cap at `final_logit_softcapping`. `check_head` compares the two.
+    """
     logits: torch.Tensor = backbone.model.get_output_embeddings()(hidden)
+    config = backbone.model.config.get_text_config(decoder=True)
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     return logits.float().log_softmax(dim=-1)
+
+
+def check_head(backbone: Backbone) -> None:
+    """Refuse a backbone whose own logits are others than those that training would compute from its hidden states.
+
+    Raises:
+        TrainingError: naming the difference.
+    """
+    tokens = torch.arange(4, device=backbone.device)[None]
+    with torch.no_grad():
+        own = backbone.model(input_ids=tokens).logits[0].float().log_softmax(dim=-1)
+        ours = log_probabilities(backbone, backbone.model.base_model(input_ids=tokens).last_hidden_state[0])
+    difference = float((own - ours).abs().max())
+    if difference > HEAD_TOLERANCE:
+        raise TrainingError(
+            f"{backbone.name} computes its logits in a way that training does not know: log-probabilities differ by up "
+            f"to {difference:.2g}: train an eraser for another backbone"
+        )
 
 
 def answer_hidden(

@@ -22,6 +22,7 @@ from kveraser.training.distill import (
     Prefills,
     PreparedBatch,
     case_losses,
+    check_head,
     edited_log_probabilities,
     prepare,
     shared_prefills,
@@ -86,6 +87,7 @@ class _Run:
             dtype=None if recipe.precision == "auto" else recipe.precision,
             eraser=None,
         )
+        check_head(self.backbone)
         self.settings = recipe.settings
         training, self.evaluating = self._cases()
         optimizer = recipe.optimizer
