@@ -105,10 +105,20 @@ def test_exact_answers_come_even_when_no_method_is_exact(run: Run, model: str, c
 def test_the_default_method_is_follow_with_and_without_an_eraser(
     run: Run, model: str, eraser: str, context: str
 ) -> None:
-    asked = "--context", context, "--span", SPAN, "--ask", "Who?", "--model", model, "--max-new-tokens", "4", "--json"
+    asked = "--context", context, "--span", "noon", "--ask", "Who?", "--model", model, "--max-new-tokens", "4", "--json"
     assert read(run("erase", *asked))["receipts"][0]["method"] == "follow"
     receipt = read(run("erase", *asked, "--eraser", eraser))["receipts"][0]
     assert receipt["method"] == "follow" and receipt["recomputed"] > 0
+
+
+def test_a_method_that_costs_as_much_as_exact_becomes_exact_and_says_so(run: Run, model: str, context: str) -> None:
+    asked = "--context", context, "--span", SPAN, "--ask", "Who?", "--model", model, "--max-new-tokens", "4"
+    asked = *asked, "--method", "repair(900)"
+    code, _, err = run("erase", *asked)
+    assert code == 0 and "repair(window=900, per_span=0.0) became recompute" in err and "--force" in err
+    forced = read(run("erase", *asked, "--force", "--json"))["receipts"][0]
+    assert forced["method"] == "repair" and forced["requested"] is None
+    assert run("erase", "--context", context, "--span", SPAN, "--ask", "Who?", "--force")[0] == 2
 
 
 def test_messages_are_erased_by_index_or_by_tool_call(run: Run, model: str, tmp_path: Path) -> None:

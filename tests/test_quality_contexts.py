@@ -77,7 +77,7 @@ def test_an_erase_is_that_of_a_session(
     assert result.methods[UNERASED].answers[0].answer == session().ask("When?", max_new_tokens=ANSWER_TOKENS).text
     for method, held in zip(("recompute", *METHODS), edited, strict=True):
         erased = session()
-        receipt = erased.erase(list(erase), method)
+        receipt = erased.erase(list(erase), method, force=True)
         assert same_bits(held, snapshot(erased.cache)) and not same_bits(held, unerased)
         of_method = next(of for name, of in result.methods.items() if name.startswith(method.removesuffix("(4)")))
         assert of_method.answers[0].answer == erased.ask("When?", max_new_tokens=ANSWER_TOKENS).text

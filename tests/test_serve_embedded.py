@@ -390,7 +390,7 @@ def test_an_erased_last_token_leaves_the_one_before_it_to_go_on_from(
 
 
 def test_where_nothing_can_be_gone_on_from_an_answer_is_refused(engine: TransformersEngine, held: HeldSession) -> None:
-    engine.erase(held, [Span(50, 60)], "zero_value", None, True)
+    held.erase(Tokens(50, 60), "zero_value", force=True)
     before = state(held)
     with pytest.raises(SessionError, match="ends in what was erased"):
         engine.begin(held, GREEDY)

@@ -67,13 +67,14 @@ def far_of(held: HeldSession) -> float:
     return far(held)
 
 
-def test_truncating_never_brings_back_what_a_notice_took_back(engine: TransformersEngine, held: HeldSession) -> None:
+def test_truncating_never_brings_back_what_a_notice_took_back(engine: TransformersEngine) -> None:
+    held = read(engine, words(120))
     engine.erase(held, SPAN, "erratum", None, True)
     engine.append(held, words(20, 3))
     while engine.prefill(held, 50):
         pass
     engine.truncate(held, 40)
-    assert held.live_tokens == [*words(60).tokens[:10], *words(60).tokens[21:40]]
+    assert held.live_tokens == [*words(120).tokens[:10], *words(120).tokens[21:40]]
     assert held.pending == 19
     while engine.prefill(held, 50):
         pass

@@ -86,10 +86,10 @@ def test_two_spans_at_once_equal_one_after_the_other_for_every_method(method: st
     backbone = tiny_backbone()
     attach_random_eraser(backbone)
     at_once, in_turn = Session(backbone, text=TEXT), Session(backbone, text=TEXT)
-    receipt = at_once.erase([SPAN, "The ship left"], method)
+    receipt = at_once.erase([SPAN, "The ship left"], method, force=True)
     assert len(receipt.spans) == 2 and receipt.erased == sum(end - start for start, end in receipt.spans)
-    in_turn.erase("The ship left", method)
-    in_turn.erase(SPAN, method)
+    in_turn.erase("The ship left", method, force=True)
+    in_turn.erase(SPAN, method, force=True)
     assert at_once.live_tokens == in_turn.live_tokens and consistent(at_once) and consistent(in_turn)
     if method == "recompute":
         assert far(at_once) < EXACT and far(in_turn) < EXACT
@@ -196,7 +196,7 @@ def test_a_receipt_says_what_was_done(method: str) -> None:
     session = Session(backbone, text=TEXT)
     ((span, text),) = session.find(SPAN)
     count, suffix = len(span), len(session.live_tokens) - span.end
-    receipt = session.erase(SPAN, method)
+    receipt = session.erase(SPAN, method, force=True)
     assert session.receipts == [receipt] and receipt.method == method and receipt.audit is None
     assert receipt.spans == ((span.start, span.end),) and receipt.text == (text,) and receipt.erased == count
     assert receipt.exact is session.exact is (method == "recompute")
@@ -220,14 +220,14 @@ def test_nothing_approximate_calls_itself_exact(method: str) -> None:
     backbone = tiny_backbone()
     attach_random_eraser(backbone)
     session = Session(backbone, text=TEXT)
-    session.erase(SPAN, method)
+    session.erase(SPAN, method, force=True)
     assert not session.receipts[-1].exact and not session.exact and far(session) > EXACT
     session.append(" The sea is calm.")
-    session.erase("calm", "mask")
+    session.erase("calm", "mask", force=True)
     # Exact by itself at the very end of the text, but not behind what is not.
     assert not session.receipts[-1].exact and not session.exact
     session.undo(3)
-    assert session.erase("old.", "mask").exact and far(session) < EXACT
+    assert session.erase("old.", "mask", force=True).exact and far(session) < EXACT
 
 
 def test_without_undo_the_old_states_are_given_back_and_forgotten(session: Session) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from kveraser.audit import References
 from kveraser.backbone import Backbone
+from kveraser.erasing import EXACT_SHARE
 from kveraser.errors import InputError, KVEraserError, MethodError, SpanError
 from kveraser.methods import METHODS, make_method
 from kveraser.probes import Probe
@@ -31,9 +32,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     inside = Session._erase
 
-    def record(self: Session, spans: Any, method: Any, undoable: bool = True) -> Any:
+    def record(self: Session, spans: Any, method: Any, undoable: bool = True, force: bool = False) -> Any:
         names.append(method.name)
-        return inside(self, spans, method, undoable)
+        return inside(self, spans, method, undoable, force)
 
     monkeypatch.setattr(Session, "_erase", record)
     return names
@@ -46,8 +47,12 @@ def kl_of_each(backbone: Backbone, probes: Any = PROBES) -> dict[str, float]:
     for name, kind in METHODS.items():
         if kind.removes_text and (not kind.needs_eraser or backbone.eraser is not None):
             method = make_method(name).settled(backbone)
-            session.erase(SPAN, method)
-            cost = method.estimate(span.start, len(span), len(session.transcript.tokens) - span.end)
+            suffix = len(session.transcript.tokens) - span.end
+            cost = method.estimate(span.start, len(span), suffix)
+            if session.erase(SPAN, method).method != name:
+                assert cost >= EXACT_SHARE * suffix
+                session.undo()
+                continue
             costs[name] = (cost, method.is_reference, session.audit(probes).kl)
             session.undo()
     ordered = sorted(costs, key=lambda name: costs[name][:2])
@@ -98,9 +103,9 @@ def test_what_failed_the_budget_leaves_no_trace(session: Session) -> None:
 
 
 def test_a_budget_of_zero_is_met_by_exactness_alone(session: Session, tried: list[str], monkeypatch: Any) -> None:
-    # At the very end of the text mask is exact, and cheaper.
+    # At the very end of the text exact costs nothing.
     at_end = session.erase("the ship is old.", "auto", max_kl=0)
-    assert at_end.exact and at_end.method == "mask" and tried == ["mask"] and far(session) < EXACT
+    assert at_end.exact and at_end.recomputed == 0 and tried == ["recompute"] and far(session) < EXACT
     session.undo()
 
     def measured(*arguments: Any) -> None:
@@ -138,9 +143,9 @@ def test_methods_that_fail_on_the_way_are_passed_over(tried: list[str]) -> None:
     session = Session(tiny_backbone(num_hidden_layers=1), text=TEXT)
     before = state(session)
     with pytest.raises(MethodError, match="selective needs at least 2 layers"):
-        session.erase(SPAN, "selective")
+        session.erase("noon", "selective")
     assert same(before, state(session))
-    receipt = session.erase(SPAN, "auto", max_kl=0)
+    receipt = session.erase("noon", "auto", max_kl=0)
     assert "selective" in tried[1:] and receipt.exact and session.receipts == [receipt]
 
 

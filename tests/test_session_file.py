@@ -65,7 +65,7 @@ def test_a_session_comes_back_bit_for_bit(method: str, path: Path) -> None:
     backbone = tiny_backbone()
     attach_random_eraser(backbone, settings=EraserSettings(layout="closed"))
     session = Session(backbone, text=TEXT)
-    session.erase(SPAN, method)
+    session.erase(SPAN, method, force=True)
     session.save(path)
     loaded = Session.load(path, backbone)
     assert same(saved(loaded), saved(session)) and loaded.receipts == session.receipts

@@ -16,7 +16,7 @@ from kveraser.errors import EraserError, KVEraserError, MethodError, RotationErr
 from kveraser.methods import Erased, Method, make_method
 from kveraser.methods.base import result, silenced
 from kveraser.session import Session
-from kveraser.spans import Characters, Message, Span
+from kveraser.spans import Characters, Message, Span, Tokens
 from tests.sessions import EXACT, TEXT, far, same, state
 from tests.tiny import attach_random_eraser, tiny_backbone
 
@@ -32,10 +32,10 @@ def session(backbone: Backbone) -> Session:
 def test_without_a_method_keys_are_moved_where_they_can_be_and_else_all_is_recomputed() -> None:
     for family, method in (("llama", "follow"), ("gpt2", "recompute")):
         backbone = tiny_backbone(family)
-        receipt = Session(backbone, text=TEXT).erase(SPAN)
+        receipt = Session(backbone, text=TEXT).erase("noon")
         assert (receipt.method, receipt.exact) == (method, method == "recompute")
         attach_random_eraser(backbone)
-        assert Session(backbone, text=TEXT).erase(SPAN).method == method
+        assert Session(backbone, text=TEXT).erase("noon").method == method
 
 
 def test_the_eraser_serves_as_it_was_trained() -> None:
@@ -201,3 +201,46 @@ def test_a_method_that_breaks_its_contract_is_refused(session: Session, short: b
     with pytest.raises(MethodError, match=r"careless.* choose another method"):
         session.erase(SPAN, Careless(short))
     assert same(before, state(session))
+
+
+@pytest.mark.parametrize("method", ["repair(900)", "follow(window=900)", "selective(0.9)", "blank", None])
+def test_what_costs_as_much_as_exact_recomputation_becomes_it(session: Session, method: str | None) -> None:
+    ((span, _),) = session.find(SPAN)
+    left = len(session.live_tokens) - span.end
+    before = state(session)
+    receipt = session.erase(SPAN if method != "blank" else Tokens(10, len(session.live_tokens) - 20), method)
+    assert (receipt.method, receipt.exact) == ("recompute", True) and far(session) < EXACT
+    assert receipt.requested is not None and receipt.reason is not None
+    assert (method or "follow").partition("(")[0] in receipt.requested and str(receipt.recomputed) in receipt.reason
+    assert receipt.recomputed == (20 if method == "blank" else left)
+    session.undo()
+    assert same(before, state(session))
+
+
+@pytest.mark.parametrize("method", ["repair(8)", "shift", "zero_value", "mask", "blank"])
+def test_a_short_suffix_is_recomputed_whatever_is_named(session: Session, method: str) -> None:
+    end = len(session.live_tokens)
+    ((span, _),) = session.find(Tokens(60, end - 4 if method in ("repair(8)", "blank") else end))
+    receipt = session.erase(Tokens(span.start, span.end), method)
+    assert receipt.method == "recompute" and receipt.exact and receipt.recomputed == end - span.end
+    session.undo()
+    forced = session.erase(Tokens(span.start, span.end), method, force=True)
+    assert forced.method == method.partition("(")[0] and forced.requested is forced.reason is None
+
+
+def test_cheap_methods_stay_and_many_spans_are_counted_together(session: Session) -> None:
+    end = len(session.live_tokens)
+    assert session.erase(Tokens(5, 9), "repair(8)").requested is None
+    session.undo()
+    # Each alone is cheap; all together run as much as the rest of the text.
+    spans = [Tokens(start, start + 2) for start in range(5, end - 20, 10)]
+    receipt = session.erase(spans, "repair(8)")
+    assert receipt.exact and receipt.requested == "repair(window=8, per_span=0.0)"
+
+
+def test_traces_of_earlier_erases_count_as_left_to_recompute(session: Session) -> None:
+    session.erase(Tokens(5, 9), "shift")
+    end = len(session.transcript.tokens)
+    # Exact recomputation would start at the first erase, so that a short suffix alone does not make it cheap.
+    receipt = session.erase(Tokens(end - 10, end - 4), "repair(8)")
+    assert receipt.method == "repair" and not receipt.exact

@@ -135,6 +135,9 @@ def erase(
     messages: Annotated[bool, typer.Option("--messages", help="The context is a JSON list of chat messages.")] = False,
     method: Annotated[list[str] | None, typer.Option(help="Method, such as 'repair(32)'; several allowed.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Budget of method auto, nats per answer token.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run the methods named even where exact recomputation costs the same.")
+    ] = False,
     audit: Annotated[bool, typer.Option(help="Measure against exact recomputation.")] = True,
     model: Model = DEFAULT_MODEL,
     eraser: EraserOption = SHIPPED,
@@ -148,6 +151,8 @@ def erase(
     selectors = _selectors(span, occurrence, pattern, message, tool_call, keep_turn)
     if save is not None and len(method or []) > 1:
         raise typer.BadParameter(f"--save keeps one session, but {len(method or [])} methods are given: name one")
+    if force and (not method or "auto" in method):
+        raise typer.BadParameter("--force runs the methods that --method names: name them, without auto")
     if max_kl is not None and method != ["auto"]:
         raise typer.BadParameter("--max-kl is the budget of --method auto: name that method, and no other")
     document = _read(context)
@@ -166,7 +171,7 @@ def erase(
         for named in method or NO_METHOD:
             advance(f"erasing: {named or 'default method'}")
             budget: dict[str, Any] = {"max_kl": max_kl, "probes": ask} if named == "auto" else {}
-            receipt = session.erase(selectors, named, **budget)
+            receipt = session.erase(selectors, named, force=force, **budget)
             answers = _answers(session, ask, max_new_tokens)
             if receipt.exact:
                 exact = answers
@@ -188,6 +193,9 @@ def erase(
         return
     print_answers(ask, before, after, exact)
     print_rows("Receipts", [receipt_row(receipt) for receipt in receipts], RECEIPT_COLUMNS)
+    for one in receipts:
+        if one["reason"] is not None:
+            say(f"{one['requested']} became {one['method']}: {one['reason']} (--force runs it anyway)")
     for text in receipts[0]["text"]:
         say(f"Erased: {text!r}")
     if save is not None:

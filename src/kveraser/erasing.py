@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
 from kveraser.errors import MethodError
-from kveraser.methods import NOT_LIVE, Method
+from kveraser.methods import NOT_LIVE, Method, make_method
 from kveraser.spans import Span
+
+EXACT_SHARE = 0.75
+"""A method that plans to run this share of what `recompute` would run is replaced by it: exact, at that price."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an erase is to run.
+
+    Attributes:
+        method: settled; the one asked for, or `recompute` in its place.
+        reason: why it is another than the one asked for; None: it is that one.
+    """
+
+    method: Method
+    reason: str | None = None
+
+
+def plan_erase(
+    backbone: Backbone,
+    cache: EditableCache,
+    method: Method,
+    slots: Sequence[int],
+    targets: AbstractSet[int],
+    force: bool = False,
+) -> Plan:
+    """Settle `method` for an erase of `targets`, and choose `recompute` instead where it costs about the same.
+
+    Args:
+        slots, targets: as of `erase_tokens`.
+        force: take `method` whatever `recompute` costs, as measurements of it need.
+
+    Raises:
+        EraserError, RotationError: as `Method.settled`.
+    """
+    settled = method.settled(backbone)
+    runs = _runs(slots, targets)
+    if force or settled.is_reference or not runs:
+        return Plan(settled)
+    kept = [slot for slot, source in enumerate(slots) if source != NOT_LIVE and source not in targets]
+    planned = sum(
+        settled.estimate(bisect_left(kept, run.start), len(run), len(kept) - bisect_left(kept, run.end)) for run in runs
+    )
+    left = len(kept) - bisect_left(kept, min(runs[0].start, cache.exact_length))
+    if planned < EXACT_SHARE * left:
+        return Plan(settled)
+    reason = f"{settled} would run {planned} tokens and exact recomputation {left}"
+    return Plan(make_method("recompute").settled(backbone), reason)
 
 
 def erase_tokens(

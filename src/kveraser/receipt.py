@@ -87,6 +87,8 @@ class Receipt:
         undo_bytes: bytes held so that `undo` can restore every bit.
         next_position: position of the next token.
         audit: filled in by `Session.audit`.
+        requested: the method asked for, with its parameters, where `recompute` ran in its place; else None.
+        reason: why it did.
     """
 
     method: str
@@ -101,6 +103,8 @@ class Receipt:
     undo_bytes: int
     next_position: int
     audit: Audit | None = None
+    requested: str | None = None
+    reason: str | None = None
 
     def with_audit(self, audit: Audit) -> Receipt:
         """A copy that carries `audit`."""

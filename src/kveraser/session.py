@@ -17,7 +17,7 @@ from kveraser.audit import ANSWER_TOKENS, PreparedProbe, References, audit
 from kveraser.backbone import Backbone, Progress
 from kveraser.cache import EditableCache
 from kveraser.dialogue import Answer, Dialogue
-from kveraser.erasing import erase_tokens
+from kveraser.erasing import erase_tokens, plan_erase
 from kveraser.errors import (
     BackboneError,
     ContextLengthError,
@@ -49,9 +49,13 @@ class Session(Dialogue):
         max_kl: float | None = None,
         probes: Sequence[str | Probe] | None = None,
         undoable: bool = True,
+        force: bool = False,
         **parameters: Any,
     ) -> Receipt:
         """Erase spans from the live cache.
+
+        A method that would run about as many tokens as exact recomputation (three quarters of them or more) is replaced
+        by `recompute`; the receipt's `requested` and `reason` then say so.
 
         Args:
             what: a text, a selector of `kveraser.spans`, or several; overlapping spans are merged.
@@ -62,6 +66,7 @@ class Session(Dialogue):
             probes: questions for `auto` to audit with; default: built from the span and its surroundings.
             undoable: keep the old states for `undo`. False keeps nothing to undo with, this step or any earlier one;
                 buffer slots that the erase freed hold their old bits until they are written again.
+            force: run the method named, whatever exact recomputation would cost: for measurements of it.
             parameters: the method's parameters by name.
 
         Returns:
@@ -81,11 +86,15 @@ class Session(Dialogue):
         if method is None and parameters:
             raise MethodError(f"parameters {sorted(parameters)} without a method: name the method they are for")
         chosen = default_method(self.backbone) if method is None else make_method(method, **parameters)
-        return self._erase(spans, chosen, undoable)
+        return self._erase(spans, chosen, undoable, force)
 
-    def _erase(self, spans: Sequence[Span], method: Method, undoable: bool = True) -> Receipt:
-        targets = {token for span in spans for token in range(span.start, span.end) if self.transcript.live[token]}
-        method, marks = method.settled(self.backbone), self._marks()
+    def _targets(self, spans: Sequence[Span]) -> set[int]:
+        return {token for span in spans for token in range(span.start, span.end) if self.transcript.live[token]}
+
+    def _erase(self, spans: Sequence[Span], method: Method, undoable: bool = True, force: bool = False) -> Receipt:
+        targets = self._targets(spans)
+        plan = plan_erase(self.backbone, self.cache, method, self.slots, targets, force)
+        requested, method, marks = method, plan.method, self._marks()
         self._synchronize()
         started = time.perf_counter()
         try:
@@ -110,6 +119,8 @@ class Session(Dialogue):
                     bytes_written=journal.bytes_written,
                     undo_bytes=journal.bytes if undoable else 0,
                     next_position=self.cache.next_position,
+                    requested=None if plan.reason is None else str(requested),
+                    reason=plan.reason,
                 )
                 self.receipts.append(receipt)
         except BaseException:
@@ -134,12 +145,15 @@ class Session(Dialogue):
         width = sum(sum(self.transcript.live[span.start : span.end]) for span in spans)
         prefix = sum(self.transcript.live[: spans[0].start])
         suffix = len(self.live_tokens) - prefix - width
-        candidates = []
+        candidates, targets = [], self._targets(spans)
         for name, kind in METHODS.items():
-            # What can't serve this backbone (no eraser, no rotary positions) is no candidate.
+            # What can't serve this backbone (no eraser, no rotary positions) is no candidate, nor what costs about as
+            # much as the exact one.
             if kind.removes_text:
                 with suppress(EraserError, BackboneError):
-                    candidates.append(make_method(name).settled(self.backbone))
+                    plan = plan_erase(self.backbone, self.cache, make_method(name), self.slots, targets)
+                    if plan.reason is None:
+                        candidates.append(plan.method)
         # Exact comes last at equal cost, so that it is paid for only when nothing cheaper serves.
         candidates.sort(key=lambda method: (method.estimate(prefix, width, suffix), method.is_reference))
         memory: list[References] = []

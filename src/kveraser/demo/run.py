@@ -113,7 +113,7 @@ def run_document(
             results.append(MethodResult(name, None, none if backbone.eraser is None else str(error)))
             continue
         say(f"{document.title}: {name}")
-        session.erase(span, method)
+        session.erase(span, method, force=True)
         references = references or session.references()
         session.audit(probes, references=references, answer_tokens=ANSWER_TOKENS)
         results.append(MethodResult(name, session.receipts[-1]))
