@@ -271,6 +271,16 @@ class EditableCache(Cache):
         self._set_length(length)
         self._follow_foreign_writes()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in transformers: a positive number is how many slots stay, a negative one how many go."""
+        # Accounted for at once: what is appended next could make up the length again.
+        self.truncate(self.layers[0].cropped(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all slots, as in transformers."""
+        self.truncate(0)
+        self._next_position = 0
+
     def _set_length(self, length: int) -> None:
         for layer in self.layers:
             layer.length = length

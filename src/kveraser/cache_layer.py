@@ -107,7 +107,24 @@ class EditableLayer(CacheLayerMixin):
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.length -= min(abs(tokens_to_remove), self.length)
+        self.length = self.cropped(tokens_to_remove)
+
+    def cropped(self, tokens_to_remove: int) -> int:
+        """The length after `crop`: as in transformers, a positive number is what stays, a negative one what goes."""
+        if tokens_to_remove > 0:
+            return min(tokens_to_remove, self.length)
+        return max(0, self.length + tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = self.keys[indices, ...], self.values[indices, ...]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
