@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kveraser.bench.commands import train as bench_train
+from kveraser.bench.commands_frontier import frontier
 from kveraser.bench.commands_latency import latency
 from kveraser.bench.commands_quality import quality, sharing
 from kveraser.bench.commands_report import report
@@ -56,6 +57,7 @@ app.command()(serve)
 bench.command()(latency)
 bench.command()(quality)
 bench.command()(sharing)
+bench.command()(frontier)
 bench.command()(report)
 bench.command("train")(bench_train)
 bench.command("serve")(bench_serve)

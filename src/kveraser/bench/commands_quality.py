@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -86,9 +87,9 @@ def quality(
     else:
         names = [one.strip() for one in (suite or "").split(",") if one.strip()]
         names = names or ([] if case_file is not None else [NEEDS_TEXT])
-        sizes = {"lengths": _sizes("--lengths", lengths), "spans": _sizes("--spans", spans)}
+        given = {"lengths": sizes("--lengths", lengths), "spans": sizes("--spans", spans)}
         chosen_tasks = tuple(task.strip() for task in tasks.split(",")) if tasks is not None else None
-        plans = tuple(plan_suite(name, chosen_tasks, **sizes, cases=200 if count is None else count) for name in names)
+        plans = tuple(plan_suite(name, chosen_tasks, **given, cases=200 if count is None else count) for name in names)
         without = ()
     own = read_case_file(case_file) if case_file is not None else ()
     chosen = _chosen(own_methods)
@@ -97,13 +98,13 @@ def quality(
     settings = QualitySettings(
         plans,
         seed,
-        _base(corpus),
-        _base(dataset),
+        base(corpus),
+        base(dataset),
         None if case_file is None else case_file.name,
     )
     texts = read_passages(corpus, passages, column) if corpus is not None else ()
     backbone = load_backbone(model, eraser, device, dtype)
-    served, unserved = _served(chosen, backbone, named=methods is not None)
+    served, unserved = serving(chosen, backbone, named=methods is not None)
     made, left_out = make_cases(backbone.tokenizer, settings, texts, own, dataset)
     with bar(total=1.0) as advance:
         measured = run(
@@ -149,11 +150,11 @@ def sharing(
     from kveraser.bench.run import make_cases
     from kveraser.bench.sharing import run, to_json
 
-    plan = plan_suite(suite, lengths=_sizes("--lengths", lengths), cases=cases)
+    plan = plan_suite(suite, lengths=sizes("--lengths", lengths), cases=cases)
     settings = QualitySettings((plan,), seed)
     chosen = _chosen(methods)
     backbone = load_backbone(model, eraser, device, dtype)
-    served, _ = _served(chosen, backbone, named=methods is not None)
+    served, _ = serving(chosen, backbone, named=methods is not None)
     made, _ = make_cases(backbone.tokenizer, settings)
     with bar(total=1.0) as advance:
         rows, ratio = run(backbone, served, made, advance)
@@ -173,7 +174,7 @@ def _chosen(names: str | None) -> list[Method]:
     return [make_method(name) for name in (METHODS_COMPARED if names is None else names).split(";") if name.strip()]
 
 
-def _served(methods: list[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
+def serving(methods: Sequence[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
     """The settled methods, and of those that nobody named the reasons why they can't serve."""
     if named:
         return [method.settled(backbone) for method in methods], {}
@@ -182,11 +183,16 @@ def _served(methods: list[Method], backbone: Backbone, named: bool) -> tuple[lis
         try:
             served.append(method.settled(backbone))
         except (EraserError, BackboneError) as error:
-            unserved[method.name] = str(error)
+            unserved[str(method)] = str(error)
     return served, unserved
 
 
-def _sizes(option: str, text: str | None) -> tuple[int, ...] | None:
+def sizes(option: str, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of an option, separated by commas.
+
+    Raises:
+        InputError: anything else.
+    """
     if text is None:
         return None
     with suppress(ValueError):
@@ -194,7 +200,7 @@ def _sizes(option: str, text: str | None) -> tuple[int, ...] | None:
     raise InputError(f"{option} {text!r} is not a list of numbers: write it as in 512,1024")
 
 
-def _base(sources: str | None) -> str | None:
+def base(sources: str | None) -> str | None:
     """The names of files or datasets, separated by commas, for the record."""
     if sources is None:
         return None

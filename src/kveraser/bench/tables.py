@@ -224,6 +224,21 @@ def axis_table(result: Mapping[str, Any], suite: str, axis: str, measure: str = 
     return "\n".join(lines)
 
 
+def frontier_table(result: Mapping[str, Any]) -> str:
+    """Tokens run and KL by context length, a row a method and width."""
+    lengths = list(dict.fromkeys(row["length"] for row in result["rows"]))
+    found = {(row["method"], row["length"]): row for row in result["rows"]}
+    heads = [f"{length}: tokens run | {length}: KL to exact" for length in lengths]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (2 * len(lengths) + 1) + "|"]
+    for method in dict.fromkeys(method for method, _ in found):
+        cells = []
+        for length in lengths:
+            row = found.get((method, length))
+            cells.append("- | -" if row is None else f"{row['recomputed']:.0f} | {_with_interval(row, 'kl', 4)}")
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def sharing_table(result: Mapping[str, Any]) -> str:
     """Measuring cases together and each alone, a row a way."""
     lines = ["| way | cases | methods | prefills | seconds |", "|---|---|---|---|---|"]
@@ -326,6 +341,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "ruler_depths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="depth")),
     "assignments": ("assignments", partial(recovered_table, suite="ruler")),
     "documents": ("longqa", partial(recovered_table, suite="longqa")),
+    "frontier": ("frontier", frontier_table),
     "sharing": ("sharing", sharing_table),
     "serving": ("serving", serving_table),
     "serving_load": ("serving", serving_load_table),

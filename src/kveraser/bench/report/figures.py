@@ -10,7 +10,7 @@ from typing import Any
 
 from kveraser.bench.report.labels import FONT, Named, look, plain, write_names
 from kveraser.bench.report.read import ALL, EXACT, UNERASED, Results
-from kveraser.bench.report.style import MethodStyle
+from kveraser.bench.report.style import MethodStyle, family, styles, widths
 
 WIDTH, DOTS = 8.0, 144
 """Inches, and dots an inch: drawn to be read at a third of its width."""
@@ -131,6 +131,65 @@ def _draw_quality_cost(
         if row["method"] == UNERASED:
             _reference(axes, max(row["kl"], edge), "not erased")
     write_names(figure, axes, points, leaders=False)
+
+
+def draw_frontier(rows: Sequence[Mapping[str, Any]]) -> Drawn:
+    """KL to exact against tokens run, a panel a context length; the widths of one method are joined by a line.
+
+    Args:
+        rows: a row a method and length, of `kveraser bench frontier`.
+    """
+    import matplotlib
+
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    families = list(dict.fromkeys(family(row["method"]) for row in rows))
+    looks = styles(families)
+    with matplotlib.rc_context({"font.size": FONT + 1, "axes.grid": True, "grid.color": "#E2E2E2"}):
+        figure, all_axes = _panels(len(lengths), 4.6)
+        for axes, length in zip(all_axes, lengths, strict=True):
+            axes.set_ylabel("KL to exact\n(nats per answer token)")
+            _name_panel(axes, f"context of {length} tokens", 2)
+            _draw_widths(figure, axes, [row for row in rows if row["length"] == length], looks)
+        all_axes[-1].set_xlabel("mean tokens run for an erase")
+        return _drawn(
+            figure,
+            "frontier",
+            "KL against tokens run",
+            "Lower is closer to exact and further left is cheaper; lines join the widths of a method, whose parameters "
+            "stand at its points, bars are 95% intervals, the dashed line is the cache with nothing erased, and the "
+            "exact method stands at the lower edge, where KL is 0.",
+        )
+
+
+def _draw_widths(figure: Any, axes: Any, rows: Sequence[Mapping[str, Any]], looks: Mapping[str, MethodStyle]) -> None:
+    rows = [row for row in rows if row["kl"] is not None]
+    above = [row["kl"] for row in rows if row["method"] != EXACT and row["kl"] > 1e-6]
+    edge = 10.0 ** math.floor(math.log10(min(above, default=1.0) / 3))
+    names = []
+    for name, style in looks.items():
+        own = sorted((row for row in rows if family(row["method"]) == name), key=lambda row: row["recomputed"])
+        if name == UNERASED or not own:
+            continue
+        xs, ys = [row["recomputed"] for row in own], [max(row["kl"], edge) for row in own]
+        axes.plot(xs, ys, linestyle="-", linewidth=1.2, markersize=8, zorder=3, clip_on=False, **look(style))
+        for x, y, row, width in zip(xs, ys, own, widths([row["method"] for row in own]), strict=True):
+            if None not in (row["kl_low"], row["kl_high"]) and row["kl"] > edge:
+                interval = [max(row["kl_low"], edge), max(row["kl_high"], edge)]
+                axes.plot([x, x], interval, color=style.colour, linewidth=1.1, alpha=0.7, zorder=2)
+            axes.annotate(
+                width, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=FONT - 4, color=style.colour
+            )
+        names.append(Named(xs[-1], ys[-1], f"{name} (exact)" if name == EXACT else name, style))
+    axes.set_xscale("symlog", linthresh=10, linscale=0.5)
+    axes.set_yscale("log")
+    for direction in (axes.xaxis, axes.yaxis):
+        direction.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlim(-2.5, max((row["recomputed"] for row in rows), default=1) * 1.5 + 1)
+    axes.set_ylim(edge * 0.8, max([*above, edge * 10]) * 2.5)
+    for row in rows:
+        if row["method"] == UNERASED:
+            _reference(axes, max(row["kl"], edge), "not erased")
+    write_names(figure, axes, names, leaders=False)
 
 
 def _fidelity(results: Results, looks: Mapping[str, MethodStyle], axis: str) -> Drawn | None:

@@ -64,6 +64,18 @@ def family(method: str) -> str:
     return method.partition("(")[0].strip()
 
 
+def widths(methods: Sequence[str]) -> list[str]:
+    """Of the variants of one family, the values of the parameters in which they differ, as short as they can be."""
+    parameters = [_parameters(method) for method in methods]
+    names = list(dict.fromkeys(name for one in parameters for name in one))
+    differing = [name for name in names if len({one.get(name) for one in parameters}) > 1]
+    shown = [[one.get(name, "") for name in differing] for one in parameters]
+    for values in shown:
+        while len(values) > 1 and values[-1] in ("", "0", "0.0"):
+            values.pop()
+    return ["/".join(values) for values in shown]
+
+
 def _label(method: str, variants: Sequence[str]) -> str:
     if method == UNERASED:
         return "not erased"

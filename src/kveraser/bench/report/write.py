@@ -46,6 +46,19 @@ def write(results: Results, folder: Path, cases_per_cell: int) -> Written:
         raise InputError(f"can't write the report to {folder} ({error}): choose another folder") from error
 
 
+def replace_file(target: Path, content: bytes) -> Path:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _replace(target, content)
+    except OSError as error:
+        raise InputError(f"can't write {target} ({error}): choose another place") from error
+
+
 def _replace(target: Path, content: bytes) -> Path:
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
