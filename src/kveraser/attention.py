@@ -20,7 +20,8 @@ TOKENS_TOGETHER = 32
 
 def share_heads(model: Any) -> None:
     """Let a model on a CPU that runs `sdpa` attention run this one instead; others stay as they are."""
-    grouped = getattr(model.config, "num_key_value_heads", None) not in (None, model.config.num_attention_heads)
+    config = model.config.get_text_config(decoder=True)
+    grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa" or not grouped:
         return
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -17,8 +17,9 @@ import torch
 from kveraser.attention import SHARED_HEADS, share_heads
 from kveraser.cache import EditableCache
 from kveraser.eraser import Eraser
-from kveraser.errors import BackboneError, ContextLengthError, EraserError, UnsupportedModelError
+from kveraser.errors import BackboneError, ContextLengthError, EraserError, KVEraserError, UnsupportedModelError
 from kveraser.rope import Rotation, detect
+from kveraser.support import check_config, check_model, load_error
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 SHIPPED_ERASER = "shipped"
@@ -45,7 +46,7 @@ class Backbone:
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
         self.name = name or model.config.name_or_path or type(model).__name__
-        check_supported(model, self.name)
+        check_model(model, self.name)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.eraser: Eraser | None = None
@@ -81,7 +82,7 @@ class Backbone:
             UnsupportedModelError: its layers can't be edited exactly.
             EraserError: the eraser can't be loaded or is for another backbone.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -96,16 +97,16 @@ class Backbone:
 
             source = str(bundled_backbone_folder())
         try:
+            # Refusals come before weights are fetched.
+            check_config(AutoConfig.from_pretrained(source), str(name))
             tokenizer = AutoTokenizer.from_pretrained(source)
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
             model = model.to(device)
             share_heads(model)
+        except KVEraserError:
+            raise
         except Exception as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise BackboneError(
-                f"can't load the backbone {name} ({type(error).__name__}: {reason}): "
-                "give a folder or hub id of a causal language model, and check the connection"
-            ) from error
+            raise load_error(name, error) from error
         backbone = cls(model, tokenizer, str(name))
         if eraser == SHIPPED_ERASER:
             from kveraser.bundled import shipped_eraser_folder
@@ -338,38 +339,6 @@ def encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int],
         lead = next((lead for lead in leads if whole[lead : lead + len(tokens)] == tokens), 0)
         tokens, offsets = whole[:lead] + tokens, [(0, 0)] * lead + offsets
     return tokens, offsets
-
-
-def check_supported(model: Any, name: str) -> None:
-    """Refuse models whose cache can't be edited exactly.
-
-    Raises:
-        UnsupportedModelError: naming the layer type.
-    """
-    config = model.config.get_text_config(decoder=True)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(name, "cross_attention", "the context lives in an encoder, not in a KV cache")
-    for layer_type in getattr(config, "layer_types", None) or ():
-        if layer_type != "full_attention":
-            raise UnsupportedModelError(name, layer_type, "their cache does not hold every position of the context")
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        raise UnsupportedModelError(name, "local_attention", "a window forgets the start of a longer context")
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(
-            name, "linear_attention", "their state mixes all tokens and can't be edited by span"
-        )
-    if getattr(config, "kv_lora_rank", None) is not None:
-        raise UnsupportedModelError(name, "multi_head_latent_attention", "keys are rebuilt from a compressed state")
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise UnsupportedModelError(name, "implicit_positions", "the model takes no position_ids")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and not getattr(config, "layer_types", None):
-        if window < (config.max_position_embeddings or 0):
-            raise UnsupportedModelError(
-                name, "sliding_attention", f"a window of {window} forgets the start of a longer context"
-            )
-        # A window that no position can leave is full attention: said so, the model builds the ordinary mask.
-        config.sliding_window = None
 
 
 def check_cached_equals_uncached(model: Any, layers: int, name: str) -> None:

@@ -21,6 +21,9 @@ Convention = Literal["half", "interleaved", "none"]
 # These scalings change the frequencies with the length of the text, so that a key has no fixed rotation to move by.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
+FREQUENCIES = ("inv_freq", "full_attention_inv_freq")
+"""Where rotary modules keep their frequencies; the second where layers of several types have their own."""
+
 PROBE_DISTANCE = 37
 FLOAT32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 5e-2
@@ -84,13 +87,20 @@ def detect(model: Any, layers: int) -> Rotation:
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Models with several types of layers have parameters for each.
+    parameters = parameters.get("full_attention", parameters)
     kind = str(parameters.get("rope_type", parameters.get("type", "default")))
     if kind in LENGTH_DEPENDENT:
         raise RotationError(
             f"{name}: rope_type '{kind}' changes its frequencies with the length of the text, so keys can't be moved. "
             "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
         )
-    frequencies = next((module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")), None)
+    # Not those of a vision tower.
+    decoder = model.get_decoder() or model
+    frequencies = next(
+        (getattr(module, buffer) for module in decoder.modules() for buffer in FREQUENCIES if hasattr(module, buffer)),
+        None,
+    )
     if frequencies is None:
         raise RotationError(
             f"{name} has no rotary position embedding with inv_freq (learned, other or no positions), so keys can't be "

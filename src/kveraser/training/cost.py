@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kveraser.backbone import check_supported
 from kveraser.eraser import Eraser, EraserSettings
+from kveraser.support import check_model
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.recipe import Recipe
 
@@ -100,7 +100,7 @@ def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelS
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        check_supported(model, recipe.backbone)
+        check_model(model, recipe.backbone)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         linear = sum(
             parameter.numel()
