@@ -1,8 +1,9 @@
 # Each target does all it needs on a fresh machine, and is quick the second time.
 # PYTHON=python3.12 make test    uses another interpreter (.venv is made again for it)
 # WORKERS=4 make test            runs the tests in more processes
-# CORPUS=text.jsonl CASES=3 make results-eraser    measures the eraser on passages of your own, 3 cases a cell
-# DATASET=questions.jsonl make results-suites      measures the suites, longqa on your questions (left out without any)
+# CORPUS=text.jsonl CASES=3 make results-eraser    measures the eraser on passages of your own, 3 cases a cell; CASES likewise
+#                                for results-frontier and results-ruler
+# DATASET=a.json,b.jsonl make results-longqa results-suites    measures longqa on your questions (left out without any)
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -21,13 +22,19 @@ INSTALLED := $(VENV)/.installed-$(notdir $(PYTHON))
 BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint results results-eraser results-suites results-serving peers install backbone clean distclean
+.PHONY: help demo test lint results results-demo results-latency results-frontier results-ruler results-longqa \
+	results-eraser results-suites results-serving peers install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
 	@echo "make test       run the tests with coverage"
 	@echo "make lint       ruff and mypy"
-	@echo "make results    measure the README's figures again (about 15 minutes on 2 cores)"
+	@echo "make results    measure every figure of README again, all of the following up to results-eraser (hours on 2 cores)"
+	@echo "make results-demo  the demo's figure (3 minutes)"
+	@echo "make results-latency  seconds of every method from 1K to 32K tokens (20 to 25 minutes)"
+	@echo "make results-frontier  KL against tokens run, CASES of every task and length (hours; resumes)"
+	@echo "make results-ruler  conflicting needles of 1K to 8K tokens, CASES a cell (hours; resumes)"
+	@echo "make results-longqa  questions on long documents, DATASET=files (hours; resumes; left out without files)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
 	@echo "make results-suites  measure all suites and methods again, and draw the figures (45 minutes on 2 cores; resumes)"
 	@echo "make results-serving  measure the server again: edited histories, streams, a soak, kills (35 minutes on 2 cores)"
@@ -54,17 +61,62 @@ lint: $(INSTALLED)
 	@echo "Checking that tables are what the result files say"
 	@$(BIN)/python -m kveraser.bench.tables --check
 
-results: $(BACKBONE)
+# Every figure that README names. What was stopped goes on; demo and latency begin again.
+results: results-demo results-latency results-frontier results-ruler results-longqa results-eraser
+	@echo "Wrote docs/results and the tables of README and docs"
+
+results-demo: $(BACKBONE)
 	@mkdir -p docs/results
 	@echo "Measuring: demo"
 	@$(BIN)/kveraser demo --picture docs/results/demo.png --json >docs/results/demo.json.part
 	@mv docs/results/demo.json.part docs/results/demo.json
+	@$(BIN)/python -m kveraser.bench.tables
+
+results-latency: $(BACKBONE)
+	@mkdir -p runs docs/results/figures
 	@echo "Measuring: latency"
-	@$(BIN)/kveraser bench latency --lengths 512,1024,2048,4096 --span 100 --depth 0.1 --repeats 3 --json \
+	@$(BIN)/kveraser bench latency --lengths 1024,2048,4096,8192,16384,32768 --span 100 --depth 0.1 --repeats 3 --json \
 		>docs/results/latency.json.part
 	@mv docs/results/latency.json.part docs/results/latency.json
+	@$(BIN)/kveraser bench report docs/results/latency.json --output runs/latency
+	@cp runs/latency/latency.png docs/results/figures/
 	@$(BIN)/python -m kveraser.bench.tables
-	@echo "Wrote docs/results and the README's tables"
+
+results-frontier: $(BACKBONE)
+	@mkdir -p runs docs/results/figures
+	@echo "Measuring: frontier"
+	@$(BIN)/kveraser bench frontier --lengths 512,2048,7680 --cases $(CASES) --seed 1 --workers $(WORKERS) --output runs/frontier \
+		--picture docs/results/figures/frontier.png --json >docs/results/frontier.json.part
+	@mv docs/results/frontier.json.part docs/results/frontier.json
+	@$(BIN)/python -m kveraser.bench.tables
+
+results-ruler: $(BACKBONE)
+	@mkdir -p runs docs/results/figures
+	@echo "Measuring: conflicting needles"
+	@$(BIN)/kveraser bench quality --suite ruler --tasks needle,variables_1,variables_2,alias_250,alias_1500,restated,summary \
+		--lengths 1024,2048,4096,7680 --cases $(CASES) --seed 1 --output runs/ruler --json >docs/results/ruler.json.part
+	@mv docs/results/ruler.json.part docs/results/ruler.json
+	@$(BIN)/kveraser bench report runs/ruler --output runs/ruler/report
+	@cp runs/ruler/report/exact-match.png docs/results/figures/ruler.png
+	@echo "Measuring: assignments"
+	@$(BIN)/kveraser bench quality --suite ruler --tasks assignments --lengths 1024 --cases 16 --seed 1 \
+		--output runs/assignments --json >docs/results/assignments.json.part
+	@mv docs/results/assignments.json.part docs/results/assignments.json
+	@$(BIN)/python -m kveraser.bench.tables
+
+results-longqa: $(BACKBONE)
+	@mkdir -p runs docs/results/figures
+ifeq ($(DATASET),)
+	@echo "Left out: questions on long documents; name files of them with DATASET=a.json,b.jsonl"
+else
+	@echo "Measuring: questions on long documents"
+	@$(BIN)/kveraser bench quality --suite longqa --dataset $(DATASET) --lengths 512 --cases 1000 --seed 1 \
+		--output runs/longqa --json >docs/results/longqa.json.part
+	@mv docs/results/longqa.json.part docs/results/longqa.json
+	@$(BIN)/kveraser bench report runs/longqa --output runs/longqa/report
+	@cp runs/longqa/report/quality-cost.png docs/results/figures/longqa.png
+	@$(BIN)/python -m kveraser.bench.tables
+endif
 
 results-eraser: $(BACKBONE)
 	@mkdir -p runs

@@ -36,9 +36,9 @@ FILLER = (
     "captain's name, and at the end of the week the sheets are sewn together and put on the shelf. "
 )
 QUESTION = "\n\nQuestion: What does the clerk note for every ship?\nAnswer: For every ship, the clerk notes"
-DECODED_TOKENS = 8
+DECODED_TOKENS = 4
 ANSWER_TOKENS = 16
-SLOW_SECONDS = 20.0
+SLOW_SECONDS = 10.0
 """What takes longer than this in the warm-up is not timed again: the warm-up's figure stands."""
 PAIRS = 15
 """Pairs of bare forward pass and erase that a learned erase is timed in."""
