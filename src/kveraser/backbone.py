@@ -17,9 +17,16 @@ import torch
 from kveraser.attention import SHARED_HEADS, share_heads
 from kveraser.cache import EditableCache
 from kveraser.eraser import Eraser
-from kveraser.errors import BackboneError, ContextLengthError, EraserError, KVEraserError, UnsupportedModelError
+from kveraser.errors import (
+    BackboneError,
+    ContextLengthError,
+    EraserError,
+    InputError,
+    KVEraserError,
+    UnsupportedModelError,
+)
 from kveraser.rope import Rotation, detect
-from kveraser.support import check_config, check_model, load_error
+from kveraser.support import check_config, check_model, check_tokenizer, load_error
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 SHIPPED_ERASER = "shipped"
@@ -47,6 +54,7 @@ class Backbone:
     def __init__(self, model: Any, tokenizer: Any, name: str = "") -> None:
         self.name = name or model.config.name_or_path or type(model).__name__
         check_model(model, self.name)
+        check_tokenizer(tokenizer, self.name)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.eraser: Eraser | None = None
@@ -58,6 +66,7 @@ class Backbone:
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._chunk: int | None = None
         self._between: Callable[[], None] | None = None
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -256,12 +265,26 @@ class Backbone:
         """Run `tokens` at `positions` (`[tokens]`, may be fractional) through the decoder, which fills the cache."""
         with self.lock, torch.no_grad():
             self.model.base_model(
-                input_ids=torch.tensor([list(tokens)], device=self.device),
+                input_ids=self._input_ids(tokens),
                 position_ids=self.position_ids(positions),
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 use_cache=True,
             )
+
+    def _input_ids(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Token ids as the model takes them.
+
+        Raises:
+            InputError: ids that the model has no embedding for.
+        """
+        foreign = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
+        if foreign is not None:
+            raise InputError(
+                f"token {foreign} is none of the {self._vocabulary} that {self.name} has embeddings for: give ids "
+                "below that, and a tokenizer that belongs to the model"
+            )
+        return torch.tensor([list(tokens)], device=self.device)
 
     def logits(
         self,
@@ -289,7 +312,7 @@ class Backbone:
         places = slice(-keep, None) if isinstance(keep, int) else keep.to(self.device)
         with self.lock, torch.no_grad(), cache.appending(positions):
             output = self.model(
-                input_ids=torch.tensor([list(tokens)], device=self.device),
+                input_ids=self._input_ids(tokens),
                 position_ids=self.position_ids(positions),
                 attention_mask=attention_mask,
                 past_key_values=cache,
@@ -329,7 +352,7 @@ def encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int],
     Args:
         tokenizer: a fast tokenizer of transformers.
         special: put the tokenizer's own beginning-of-text marker in front, if it uses one. Never an end marker,
-            which would end a text that goes on.
+            which would end a text that goes on. A text that begins with the marker gets no second one.
     """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
@@ -337,6 +360,8 @@ def encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int],
         whole = list(tokenizer(text)["input_ids"])
         leads = range(len(whole) - len(tokens) + 1)
         lead = next((lead for lead in leads if whole[lead : lead + len(tokens)] == tokens), 0)
+        if tokens[:lead] == whole[:lead]:
+            lead = 0
         tokens, offsets = whole[:lead] + tokens, [(0, 0)] * lead + offsets
     return tokens, offsets
 

@@ -27,6 +27,9 @@ LEAD = "\u2063lead\u2063"
 PLAIN_QUESTION = "\n\nQuestion: {question}\nAnswer:"
 """How a backbone without a chat template is asked."""
 
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What a message may say beside its content."""
+
 Range = tuple[int, int]
 
 
@@ -64,13 +67,29 @@ class _Rendered:
         for index, message in list(enumerate(self.messages))[self.first :]:
             turn, content = self._turn(index), self.contents[index] or (0, 0)
             call, own_turn = message.get("tool_call_id"), turn is not None
-            found.append(MessageRange(message["role"], *(turn or content), *content, call, own_turn))
+            body = self._body(index, turn) or (None, None)
+            found.append(MessageRange(message["role"], *(turn or content), *content, call, own_turn, *body))
         return found
 
-    def _render(self, messages: Sequence[Plain]) -> str | None:
+    def _body(self, index: int, turn: Range | None) -> Range | None:
+        """Of a message with more than a content: all that stands between its turn's markers; None: can't be told."""
+        message, end = self.messages[index], turn[1] if turn is not None else self.ends[index]
+        if end is None or not any(message.get(field) for field in BESIDE_CONTENT):
+            return None
+        earlier = self.messages[:index]
+        bare = {name: value for name, value in self._marked(index).items() if name not in BESIDE_CONTENT}
+        before, marker, closing = (self._render([*earlier, bare]) or "").partition(CONTENT)
+        # Templates that write empty reasoning open a reply without it.
+        openings = [before, self._render(earlier, generation_prompt=True) or ""]
+        opening = next((one for one in openings if one and self.text.startswith(one)), None)
+        if not marker or opening is None or not self.text.endswith(closing, 0, end):
+            return None
+        return (len(opening), end - len(closing)) if len(opening) < end - len(closing) else None
+
+    def _render(self, messages: Sequence[Plain], generation_prompt: bool = False) -> str | None:
         """The text of a variant of the conversation; None where the template refuses it."""
         try:
-            return apply(self.tokenizer, messages, self.tools) if messages else None
+            return apply(self.tokenizer, messages, self.tools, generation_prompt) if messages else None
         except InputError:
             return None
 
@@ -268,6 +287,8 @@ def moved(place: MessageRange, distance: int) -> MessageRange:
         end=place.end + distance,
         content_start=place.content_start + distance,
         content_end=place.content_end + distance,
+        body_start=None if place.body_start is None else place.body_start + distance,
+        body_end=None if place.body_end is None else place.body_end + distance,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from pathlib import Path
@@ -302,7 +303,8 @@ def _read(source: str) -> str:
     except OSError as error:
         raise InputError(f"can't read {source} ({error.strerror}): check the path") from error
     try:
-        return raw.decode("utf-8")
+        # Some editors begin a file with a mark of its encoding, which is no part of the text.
+        return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         name = "standard input" if source == "-" else source
         raise InputError(

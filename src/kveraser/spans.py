@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ class MessageRange:
 
     The content range is empty where the message has no content, or the template shows it in another form. `own_turn`
     is False where the template gives the message no turn of its own, such as a user turn that carries the system
-    prompt as well; `start` and `end` are then those of its content.
+    prompt as well; `start` and `end` are then those of its content. The body is what stands between the turn's markers,
+    where that is more than the content: calls and reasoning. None: it is the content.
     """
 
     role: str
@@ -46,6 +48,8 @@ class MessageRange:
     content_end: int
     tool_call_id: str | None = None
     own_turn: bool = True
+    body_start: int | None = None
+    body_end: int | None = None
 
 
 @dataclass
@@ -197,6 +201,8 @@ class Text:
         if not self.text:
             raise SpanError("the text to erase is empty: give the words to erase")
         places = list(_places(transcript.text, self.text, transcript.body_start))
+        if not places:
+            places = list(_equivalents(transcript.text, self.text, transcript.body_start))
         live = transcript.occurrences(places)
         if not live:
             raise SpanError(_not_found(transcript.text[transcript.body_start :], self.text, erased=bool(places)))
@@ -249,8 +255,8 @@ class Message:
     """A chat message by its index in the conversation; negative counts from the end.
 
     The whole turn goes, role markers included: the exact reference is then the conversation in which the message was
-    never sent. With `keep_turn` only the content goes and an empty turn stays, for templates or callers that insist on
-    a reply in that place; the model can then tell that something was there.
+    never sent. With `keep_turn` all that it says goes, calls and reasoning as well, and an empty turn stays, for
+    templates or callers that insist on a reply in that place; the model can then tell that something was there.
     """
 
     index: int
@@ -387,6 +393,20 @@ def _places(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
         start = text.find(wanted, start + 1)
 
 
+def _equivalents(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
+    """Places where `wanted` stands with its accents written in another way (Unicode's canonical equivalence)."""
+    if text.isascii() or wanted.isascii():
+        return
+    pieces = [unicodedata.normalize("NFD", character) for character in text]
+    origins = [index for index, piece in enumerate(pieces) for _ in piece]
+    decomposed, sought = "".join(pieces), unicodedata.normalize("NFD", wanted)
+    for start, end in _places(decomposed, sought, bisect_left(origins, begin)):
+        inside = start > 0 and origins[start - 1] == origins[start]
+        accented = end < len(decomposed) and unicodedata.combining(decomposed[end])
+        if not (inside or accented):
+            yield origins[start], origins[end - 1] + 1
+
+
 def _not_found(text: str, wanted: str, erased: bool) -> str:
     shown = repr(_shorten(wanted))
     if erased:
@@ -407,6 +427,8 @@ def _message_span(transcript: Transcript, index: int, keep_turn: bool) -> Span:
         )
     if not keep_turn:
         return transcript.snap(message.start, message.end)
+    if message.body_start is not None and message.body_end is not None:
+        return transcript.snap(message.body_start, message.body_end)
     if not has_content:
         raise SpanError(
             f"message {index} ({message.role}) has no content that stands in the context as it was given: "

@@ -80,6 +80,19 @@ def check_model(model: Any, name: str) -> None:
         text.sliding_window = None
 
 
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that does not say which characters its tokens stand for.
+
+    Raises:
+        BackboneError: it is a slow one.
+    """
+    if not getattr(tokenizer, "is_fast", True):
+        raise BackboneError(
+            f"{name}: {type(tokenizer).__name__} is a slow tokenizer, which does not tell where its tokens stand in "
+            "the text: give the fast one, which AutoTokenizer loads where the model has a tokenizer.json"
+        )
+
+
 def _window(text: Any) -> int | None:
     """The window of a model whose config does not list its layers."""
     if getattr(text, "layer_types", None) or not getattr(text, "use_sliding_window", True):

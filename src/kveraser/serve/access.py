@@ -83,7 +83,7 @@ def read_keys(file: Path | None = None, variable: str = "KVERASER_API_KEYS") -> 
     keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"can't read the API keys in {file} ({error}): check the path") from error
         listed = [line.partition("#")[0].strip() for line in lines]

@@ -123,10 +123,16 @@ def build_cases(
         if not done:
             partial.unlink(missing_ok=True)
             _sidecar(partial).write_text(json.dumps(made_of), encoding="utf-8")
-        with partial.open("a", encoding="utf-8") as file:
-            for number, case in enumerate(_generate(passages, settings, done), start=done + 1):
-                file.write(case.to_json() + "\n")
-                progress(f"{number} of {settings.cases} cases", number / settings.cases)
+        try:
+            with partial.open("a", encoding="utf-8") as file:
+                for number, case in enumerate(_generate(passages, settings, done), start=done + 1):
+                    file.write(case.to_json() + "\n")
+                    progress(f"{number} of {settings.cases} cases", number / settings.cases)
+        except InputError:
+            # What these settings can't make is never gone on with, and must not stand in the way of better ones.
+            partial.unlink(missing_ok=True)
+            _sidecar(partial).unlink(missing_ok=True)
+            raise
         if target.suffix == ".arrow":
             arrow = target.with_name(f".{target.name}.{os.getpid()}.part")
             try:
@@ -224,6 +230,10 @@ def _resumed(target: Path, partial: Path, made_of: dict[str, Any]) -> int:
     """Cut the partial file after its last whole line and return how many it has."""
     if not partial.is_file():
         return 0
+    with partial.open("rb") as file:
+        if not file.readline().endswith(b"\n"):
+            # Interrupted before its first case, it is a build of nothing.
+            return 0
     try:
         found = json.loads(_sidecar(partial).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -132,7 +132,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     source = Path(path)
     try:
-        content: Any = yaml.safe_load(source.read_text(encoding="utf-8"))
+        content: Any = yaml.safe_load(source.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"can't read the recipe {source} ({error.strerror}): check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

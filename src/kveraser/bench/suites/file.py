@@ -83,7 +83,7 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
     """
     source = Path(path)
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
     except OSError as error:
