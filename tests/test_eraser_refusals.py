@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from kveraser.backbone import Backbone
 from kveraser.eraser import PAPER_MODULES, SLOT_EMBEDDINGS
 from kveraser.errors import EraserError
-from tests.test_eraser import CONFIG, EXTRAS, SETTINGS, WEIGHTS, peft_model, plain, steering
+from tests.test_eraser import CONFIG, EXTRAS, SETTINGS, SPAN, TOKENS, WEIGHTS, peft_model, plain, steering
 from tests.tiny import attach_random_eraser, distance, tiny_backbone, tiny_model
 
 
@@ -121,6 +121,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         other_kind(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)), "PROMPT_TUNING adapter",
     ),
     "DoRA": (other(config=LoraConfig(target_modules=["q_proj"], use_dora=True)), "a LoRA with use_dora"),
+    **{
+        f"an initialization that changes the base: {name}": (
+            configured(init_lora_weights=name), f"init_lora_weights='{name}', which changes the base model's own",
+        )
+        for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga")
+    },
+    "a LoRA that waits for certain tokens": (
+        configured(alora_invocation_tokens=[1, 2]), "a LoRA with alora_invocation_tokens",
+    ),
     "broken settings": (text(SETTINGS, "{"), "configuration can't be read"),
     "settings that are a list": (text(SETTINGS, "[1]"), "configuration can't be read"),
     "an unknown setting": (text(SETTINGS, '{"speed": 3}'), "configuration can't be read .*speed"),
@@ -208,3 +217,42 @@ def test_a_hub_id_is_downloaded_without_anything_but_the_adapter(folder: Path, m
     backbone = tiny_backbone("qwen3")
     assert backbone.load_eraser("owner/name").name == "owner/name"
     assert asked == [("owner/name", ["adapter_*", SETTINGS, EXTRAS])]
+
+
+def started(start: str) -> LoraConfig:
+    return LoraConfig(
+        r=16, lora_alpha=32, target_modules=list(PAPER_MODULES), task_type="CAUSAL_LM", init_lora_weights=start
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_took_part_of_the_base_is_refused_and_the_base_stays(start: str, tmp_path: Path) -> None:
+    peft_model("qwen3", started(start)).save_pretrained(str(tmp_path))
+    backbone = tiny_backbone("qwen3")
+    before = plain(backbone)
+    with pytest.raises(EraserError, match=f"init_lora_weights='{start}', which changes the base model's own weights"):
+        backbone.load_eraser(tmp_path)
+    assert torch.equal(plain(backbone), before) and backbone.eraser is None
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_an_adapter_that_leaves_the_base_alone_switches_off_to_the_bit(start: str, tmp_path: Path) -> None:
+    peft_model("qwen3", started(start)).save_pretrained(str(tmp_path))
+    backbone = tiny_backbone("qwen3")
+    before, span = (
+        plain(backbone),
+        [state for pair in backbone.prefill(TOKENS).read(SPAN.start, SPAN.end) for state in pair],
+    )
+    backbone.load_eraser(tmp_path)
+    assert torch.equal(plain(backbone), before)
+    assert distance(steering(backbone), span) > 1e-2
+
+
+def test_a_base_that_changed_under_an_eraser_is_noticed(folder: Path) -> None:
+    backbone = tiny_backbone("qwen3")
+    backbone.load_eraser(folder)
+    layer = backbone.model.get_submodule(LAST_V)
+    with torch.no_grad():
+        layer.base_layer.weight += 0.01
+    with pytest.raises(EraserError, match=r"changed the base model's own weights.*load the backbone again"):
+        backbone.load_eraser(folder)

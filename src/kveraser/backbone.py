@@ -158,6 +158,11 @@ class Backbone:
         """
         with self.lock:
             self.eraser = Eraser.from_pretrained(source, self.model)
+            if _fingerprint(self.model) != self.fingerprint:
+                raise EraserError(
+                    f"{source} changed the base model's own weights, and nothing computed from here on is exact: load "
+                    "the backbone again, without this eraser"
+                )
         return self.eraser
 
     @contextmanager
@@ -387,12 +392,16 @@ def check_cached_equals_uncached(model: Any, layers: int, name: str) -> None:
 
 
 def _fingerprint(model: Any) -> str:
-    """SHA-256 over the architecture, the dtype and a sample of every parameter, hex."""
+    """SHA-256 over the architecture, the dtype and a sample of every parameter, hex; adapters are left out."""
     volatile = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
     config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(str(model.dtype).encode())
-    for name, parameter in model.named_parameters():
+    for wrapped, parameter in model.named_parameters():
+        if ".lora_" in wrapped:
+            continue
+        # The layers under an adapter keep their names.
+        name = wrapped.replace(".base_layer.", ".")
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         sample = torch.cat([flat[:16], flat[flat.numel() // 2 :][:16], flat[-16:]]).float().cpu()

@@ -26,7 +26,13 @@ SETTINGS_FILE = "kveraser.json"
 EXTRAS_FILE = "kveraser.safetensors"
 SLOT_EMBEDDINGS = "slot_embeddings"
 CARD_FILE = "README.md"
-NOT_PLAIN = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication")
+NOT_PLAIN = (
+    "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
+    "velora_config", "kasa_config", "arrow_config", "alora_invocation_tokens",
+)  # fmt: skip
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""Initializations of PEFT that leave the base model's weights as they are. The others (pissa, olora, corda, loftq, ...)
+move part of them into the adapter, which then fits the changed base alone."""
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -268,6 +274,14 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
         if not (folder / name).is_file():
             raise EraserError(f"{source} has no {name}: an eraser is a folder as PEFT's save_pretrained writes it")
     try:
+        # PEFT refuses some of these itself, in words that do not say why an eraser can't be one.
+        start = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("init_lora_weights", True)
+        if start not in KEEPS_BASE:
+            raise EraserError(
+                f"{source} is a LoRA with init_lora_weights={start!r}, which changes the base model's own weights, so "
+                "that nothing would be exact with the eraser off: save it converted to a plain LoRA (PEFT's "
+                "path_initial_model_for_weight_conversion)"
+            )
         config = PeftConfig.from_pretrained(str(folder))
         settings_file = folder / SETTINGS_FILE
         fields = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
@@ -278,7 +292,7 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
             # Earlier versions wrote this setting of the removed layout for every layout.
             del fields["echoes"]
         settings = EraserSettings(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError) as error:
         raise EraserError(f"{source}: its configuration can't be read ({error}): copy the folder again") from error
     settings.check(f"{source}, {SETTINGS_FILE}")
     if config.peft_type != PeftType.LORA:
@@ -406,6 +420,9 @@ def _inject(model: Any, config: Any, tensors: dict[str, torch.Tensor] | None) ->
         # PEFT warns of a second adapter where it finds the attribute.
         del model.peft_config
     config.inference_mode = False
+    if tensors is not None:
+        # Weights that are loaded need no initialization, and some change the base model.
+        config.init_lora_weights = True
     inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
     if tensors is not None:
         plain = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
