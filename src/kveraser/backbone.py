@@ -25,7 +25,7 @@ from kveraser.errors import (
     KVEraserError,
     UnsupportedModelError,
 )
-from kveraser.rope import Rotation, detect
+from kveraser.rope import Rotation, detect, fixed_frequencies_end
 from kveraser.support import check_config, check_model, check_tokenizer, load_error
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
@@ -64,6 +64,9 @@ class Backbone:
         self.layers: int = config.num_hidden_layers
         check_cached_equals_uncached(self.model, self.layers, self.name)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._fixed_end = fixed_frequencies_end(config)
+        if self._fixed_end is not None:
+            self.max_positions = min(self.max_positions or self._fixed_end, self._fixed_end)
         self._chunk: int | None = None
         self._between: Callable[[], None] | None = None
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
@@ -202,9 +205,14 @@ class Backbone:
     def check_room(self, position: int, tokens: int) -> None:
         """Raise ContextLengthError when `tokens` from `position` on would leave the backbone's positions."""
         if self.max_positions is not None and position + tokens > self.max_positions:
+            why = (
+                " (beyond, its rotary frequencies change with the length of the text, and no cached state stays exact)"
+                if self.max_positions == self._fixed_end
+                else ""
+            )
             raise ContextLengthError(
                 f"{tokens} tokens from position {position} end at {position + tokens}, beyond the {self.max_positions} "
-                f"positions of {self.name}: shorten the context or use a backbone with more positions"
+                f"positions of {self.name}{why}: shorten the context or use a backbone with more positions"
             )
 
     def extend(self, cache: EditableCache, tokens: Sequence[int], progress: Progress | None = None) -> None:

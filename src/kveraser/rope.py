@@ -29,6 +29,25 @@ FLOAT32_TOLERANCE = 1e-3
 HALF_TOLERANCE = 5e-2
 
 
+def fixed_frequencies_end(config: Any) -> int | None:
+    """The position from which on a model rotates by other frequencies; None: it never does.
+
+    Beyond it (`longrope`: Phi-3.5, Phi-4-mini, arXiv:2402.13753; `dynamic`) a key depends on how long the text is when
+    it is computed: a prefill in chunks differs from one in one go, and a cache shortened by an erase from a fresh one.
+
+    Args:
+        config: of the text model, with `rope_parameters` of its own or one set for each layer type.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sets = [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
+    ends = [
+        one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        for one in sets
+        if one.get("rope_type") in LENGTH_DEPENDENT
+    ]
+    return min((int(end) for end in ends if end is not None), default=None)
+
+
 @dataclass(frozen=True)
 class Rotation:
     """How a backbone rotates its keys: inverse frequencies, float32 `[rotary_dim / 2]`, and a convention a layer."""
