@@ -88,6 +88,9 @@ def serve(
     max_body: Annotated[
         float, typer.Option(min=0.001, help="MiB that a request's body may have.", rich_help_panel=CLIENTS)
     ] = 16.0,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer where its request names none.", rich_help_panel=TURNS)
+    ] = 1024,
     streams: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.", rich_help_panel=TURNS)] = 32,
     waiting: Annotated[
         int, typer.Option(min=1, help="Jobs that may wait; further ones are refused.", rich_help_panel=TURNS)
@@ -137,7 +140,7 @@ def serve(
             undo_seconds=undo_seconds,
         )
         scheduler = Scheduler(engine, chunk=chunk, most_streams=streams, most_waiting=waiting)
-        service = Service(engine, scheduler, limits=limits, folder=sessions, method=method)
+        service = Service(engine, scheduler, limits=limits, folder=sessions, method=method, answer_tokens=answer_tokens)
         settings = app.Settings(
             keys=keys,
             limits=access.Limits(requests_per_minute, requests_at_once),

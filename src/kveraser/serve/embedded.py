@@ -28,11 +28,12 @@ class _Answer:
 
     def __init__(self, held: HeldSession, sampling: Sampling) -> None:
         backbone = held.backbone
-        self.sampler = Sampler(sampling)
+        self.sampler = Sampler(sampling, held.live_tokens)
         self.decoding = Decoding(stop=sampling.stop)
         self.text = AnswerText(backbone.tokenizer, sampling.stop)
         self.held, self.tokens = held, list[int]()
-        self.ends, self.limit = end_tokens(backbone), sampling.max_tokens
+        self.ends = frozenset[int]() if sampling.ignore_eos else end_tokens(backbone)
+        self.limit = sampling.max_tokens
         self.marks = held.open_answer()
         self.feed = held.transcript.tokens[held.pending_places(1)[0]]
         self.finish_reason: str | None = None

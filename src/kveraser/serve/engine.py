@@ -45,6 +45,8 @@ class Sampling:
         frequency_penalty, presence_penalty: likewise, over the answer's own tokens.
         seed: the same seed gives the same answer; None draws one.
         stop: texts at which the answer ends; they are not part of it.
+        top_k, min_p, repetition_penalty: as in vLLM; 0, 0 and 1 do nothing. The penalty counts the prompt too.
+        ignore_eos: go on where the model would end.
         logprobs: how many of the likeliest tokens to report at each place; None reports none, 0 the chosen one alone.
     """
 
@@ -56,6 +58,10 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Turn:
         prompt: a text, or token ids.
         tools: tool descriptions for the chat template.
         context_management: tool results to clear before the model sees the conversation.
+        warnings: what of the request has no effect.
     """
 
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -45,6 +46,7 @@ class Turn:
     sampling: Sampling = field(default_factory=Sampling)
     erasing: Erasing = field(default_factory=Erasing)
     context_management: tuple[ToolResultEdit, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Happened:
         receipts: of this request's erases.
         applied_edits: of the request's context management, as Anthropic reports them.
         exact_pending: whether an exact cache is being made in idle time.
+        warnings: what of the request had no effect.
     """
 
     action: Action
@@ -74,6 +77,7 @@ class Happened:
     receipts: tuple[dict[str, Any], ...] = ()
     applied_edits: tuple[dict[str, Any], ...] = ()
     exact_pending: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

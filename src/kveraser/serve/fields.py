@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -62,6 +63,22 @@ def _library(check: Callable[[Any], Any]) -> AfterValidator:
 
 
 Hint = Annotated[Any, Field(description="Accepted and without effect.")]
+
+NO_EFFECT = "Accepted and without effect, which the reply's `kveraser.warnings` says."
+
+Ignored = Annotated[Any, Field(description=NO_EFFECT)]
+"""A field of other servers that asks for what this one does not do, and does no harm by being left out."""
+
+
+def ignored(body: BaseModel) -> list[str]:
+    """Fields of `body` that were given and have no effect."""
+    fields = type(body).model_fields
+    return [
+        name
+        for name in fields
+        if fields[name].description == NO_EFFECT and name in body.model_fields_set and getattr(body, name) is not None
+    ]
+
 
 MethodName = Annotated[
     str,
@@ -157,9 +174,20 @@ class SamplingFields(Request):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    top_k: int | None = Field(None, ge=-1, le=WHOLE, description="Likeliest tokens to choose among; 0 or -1: all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Least probability of a token, as a part of the best's.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    ignore_eos: bool | None = Field(None, description="Go on where the model would end.")
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = Field(
         None, description="Up to 4 texts at which the answer ends."
     )
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, stop: Any) -> Any:
+        # Clients that write every field mean none by an empty text.
+        left = [one for one in stop if one != ""] if isinstance(stop, list) else stop
+        return None if left in ("", []) else left
 
     def sampling(self, temperature: float, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """The settings; `temperature` where the request names none."""
@@ -173,6 +201,10 @@ class SamplingFields(Request):
             seed=self.seed,
             stop=tuple(stop),
             logprobs=logprobs,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            ignore_eos=bool(self.ignore_eos),
         )
 
 
@@ -218,6 +250,7 @@ class Happening(Reply):
     receipts: list[dict[str, Any]] = Field(description="Of this request's erases.")
     applied_edits: list[dict[str, Any]] = Field(description="Of this request's context management.")
     exact_pending: bool = Field(description="An exact cache is being made in idle time.")
+    warnings: list[str] = Field(default_factory=list, description="What of the request had no effect.")
 
 
 class PromptTokensDetails(Reply):

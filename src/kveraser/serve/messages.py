@@ -9,6 +9,12 @@ from pydantic_core import from_json
 
 from kveraser.serve.fields import Hint, Request
 
+OTHER_PARTS = {
+    "image_url": "images", "input_image": "images", "image": "images", "input_audio": "audio", "audio": "audio",
+    "video_url": "videos", "video": "videos", "file": "files", "input_file": "files", "document": "documents",
+}  # fmt: skip
+"""Kinds of content parts that models of other servers read, in words."""
+
 
 class _Echoed(BaseModel):
     """A part of a message; clients send back what servers added to it, and that is left out."""
@@ -57,6 +63,16 @@ class ChatMessage(_Echoed):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = Field(None, description="Of a tool's message: the call that it answers.")
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _texts(cls, content: Any) -> Any:
+        kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        other = next((kind for kind in kinds if isinstance(kind, str) and kind != "text"), None)
+        if other is not None:
+            what = OTHER_PARTS.get(other, f"parts of type {other[:40]!r}")
+            raise ValueError(f"the model reads text alone, and no {what}: send text parts only")
+        return content
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -51,6 +52,21 @@ class Metrics:
             registry=self.registry,
         )
         self._running = Gauge("kveraser_requests_running", "Requests being answered.", registry=self.registry)
+        self._phases = Gauge(
+            "kveraser_answers_running",
+            "Answers under way: those whose prompt is being read, and those that are being written.",
+            ["phase"],
+            registry=self.registry,
+        )
+        self._oldest = Gauge(
+            "kveraser_oldest_answer_seconds",
+            "How long the oldest answer is under way.",
+            registry=self.registry,
+        )
+        self._oldest.set_function(self._longest)
+        self._since: dict[int, float] = {}
+        for phase in ("reading", "writing"):
+            self._phases.labels(phase)
         self._first_token = Histogram(
             "kveraser_first_token_seconds",
             "Time from a request to the first piece of its answer.",
@@ -81,8 +97,25 @@ class Metrics:
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
+    def _longest(self) -> float:
+        now = time.monotonic()
+        # Another thread may read this while answers come and go.
+        return now - min([*self._since.values()], default=now)
+
+    def asked(self, answer: int) -> None:
+        """The answer of this number is under way."""
+        self._since[answer] = time.monotonic()
+        self._phases.labels("reading").inc()
+
+    def written(self, answer: int, begun: bool) -> None:
+        """It has ended, however it did; `begun`: its prompt had been read."""
+        if self._since.pop(answer, None) is not None:
+            self._phases.labels("writing" if begun else "reading").dec()
+
     def started(self, started: Started, seconds: float) -> None:
         """An answer has begun, `seconds` after its request."""
+        self._phases.labels("reading").dec()
+        self._phases.labels("writing").inc()
         self._first_token.labels(started.what.action).observe(seconds)
         counts = {
             "prompt": started.prompt_tokens,

@@ -6,6 +6,7 @@ Every stream samples alone, from its own random numbers, so that no other stream
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
@@ -24,8 +25,10 @@ RANGES = {
     "top_p": (0.0, 1.0),
     "frequency_penalty": (-2.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
 }
-"""Of OpenAI's API."""
+"""Of OpenAI's API, and of vLLM's."""
 
 
 def check(sampling: Sampling) -> None:
@@ -40,6 +43,8 @@ def check(sampling: Sampling) -> None:
             raise InputError(f"{name} is {value!r}, but it is a number from {low:g} to {high:g}")
     if sampling.max_tokens is not None and (type(sampling.max_tokens) is not int or sampling.max_tokens < 1):
         raise InputError(f"max_tokens is {sampling.max_tokens!r}: ask for at least 1")
+    if type(sampling.top_k) is not int or sampling.top_k < 0:
+        raise InputError(f"top_k is {sampling.top_k!r}: give a count of tokens, 0 for all")
     if sampling.seed is not None and type(sampling.seed) is not int:
         raise InputError(f"seed is {sampling.seed!r}: give a whole number, or none")
     if sampling.logprobs is not None and (
@@ -53,12 +58,16 @@ def check(sampling: Sampling) -> None:
 class Sampler:
     """Chooses the tokens of one answer.
 
+    Args:
+        prompt: tokens that the repetition penalty counts beside the answer's own.
+
     Raises:
         InputError: see `check`.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, prompt: Iterable[int] = ()) -> None:
         check(sampling)
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set[int]()
         self.sampling = sampling
         self._counts: Counter[int] = Counter()
         self._generator = torch.Generator()
@@ -94,6 +103,11 @@ class Sampler:
 
     def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
         """Minus, for every token said, the presence penalty and as many frequency penalties as it was said."""
+        repetition = self.sampling.repetition_penalty
+        if repetition != 1 and (seen := self._seen | self._counts.keys()):
+            places = torch.tensor(sorted(token for token in seen if token < logits.numel()))
+            old = logits[places]
+            logits = logits.index_copy(0, places, torch.where(old > 0, old / repetition, old * repetition))
         frequency, presence = self.sampling.frequency_penalty, self.sampling.presence_penalty
         if not self._counts or not (frequency or presence):
             return logits
@@ -103,11 +117,15 @@ class Sampler:
 
 
 def _warpers(sampling: Sampling) -> list[Any]:
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[Any] = []
     if sampling.temperature >= GREEDY_BELOW and sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(float(sampling.min_p)))
     return warpers

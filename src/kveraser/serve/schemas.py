@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from kveraser.serve.exchange import Erasing, Turn
-from kveraser.serve.fields import WHOLE, Hint, KVEraserFields, Request, SamplingFields, only
+from kveraser.serve.fields import WHOLE, Hint, Ignored, KVEraserFields, Request, SamplingFields, ignored, only
 from kveraser.serve.messages import Messages, Tool, answered
 from kveraser.serve.tool_results import ToolResultEdit
 
@@ -76,6 +76,7 @@ class StreamOptions(Request):
 
     include_usage: bool | None = None
     include_obfuscation: Hint = None
+    continuous_usage_stats: Ignored = None
 
 
 class GenerationRequest(SamplingFields):
@@ -88,12 +89,34 @@ class GenerationRequest(SamplingFields):
     logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0), only({}, "tokens can't be biased")] = None
     kveraser: KVEraserFields | None = None
     user: Hint = None
+    min_tokens: Ignored = None
+    length_penalty: Ignored = None
+    typical_p: Ignored = None
+    skip_special_tokens: Ignored = None
+    spaces_between_special_tokens: Ignored = None
+    truncate_prompt_tokens: Ignored = None
+    priority: Ignored = None
+    request_id: Ignored = None
+    cache_prompt: Ignored = None
+    cache_salt: Ignored = None
+    id_slot: Ignored = None
+    keep_alive: Ignored = None
+    options: Ignored = None
 
     @model_validator(mode="after")
     def _streaming(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options belong to a stream: set stream to true, or leave them out")
         return self
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the request has no effect."""
+        names = [
+            *ignored(self),
+            *(f"stream_options.{name}" for name in ignored(self.stream_options or StreamOptions())),
+        ]
+        return tuple(f"{name} has no effect on this server" for name in names)
 
     @property
     def erasing(self) -> Erasing:
@@ -134,8 +157,11 @@ class ChatRequest(GenerationRequest):
     prompt_cache_key: Hint = None
     prompt_cache_retention: Hint = None
     safety_identifier: Hint = None
-    reasoning_effort: Hint = None
-    verbosity: Hint = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+    chat_template_kwargs: Ignored = None
+    reasoning: Ignored = None
+    add_generation_prompt: Annotated[Literal[True] | None, only(True, "an answer is always opened")] = None
 
     @field_validator("tool_choice", mode="before")
     @classmethod
@@ -163,6 +189,7 @@ class ChatRequest(GenerationRequest):
             sampling=self.sampling(1.0, most, (self.top_logprobs or 0) if self.logprobs else None),
             erasing=self.erasing,
             context_management=tuple(edit.edit() for edit in edits),
+            warnings=self.warnings,
         )
 
 
@@ -212,4 +239,5 @@ class CompletionRequest(GenerationRequest):
             prompt=prompt if isinstance(prompt, str) else tuple(prompt),
             sampling=self.sampling(1.0, self.max_tokens or COMPLETION_TOKENS, self.logprobs),
             erasing=self.erasing,
+            warnings=self.warnings,
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.views import method_cards
 
 SWEEP_SECONDS = 5.0
+
+ANSWER_TOKENS = 1024
+"""Most tokens of an answer where its request names none: a model that never ends would fill its context."""
 """How often what has expired is let go."""
 
 
@@ -60,6 +64,7 @@ class Service:
         folder: where sessions live across restarts; None: they end with the process.
         method: how spans are erased where a request does not say; None: the engine's own choice. With `recompute`
             nothing is erased for a request: from the first difference on, all is run again, in chunks.
+        answer_tokens: most tokens of an answer where a request does not say; None: as many as there is room for.
         span_tokens: tokens that erasing a span must save; else it is run again from the first difference on.
         clock: seconds since 1970.
 
@@ -75,11 +80,12 @@ class Service:
         limits: Limits | None = None,
         folder: Path | None = None,
         method: str | None = None,
+        answer_tokens: int | None = ANSWER_TOKENS,
         span_tokens: int = SPAN_TOKENS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine, self.scheduler = engine, scheduler
-        self.created = int(clock())
+        self.created, self.answer_tokens = int(clock()), answer_tokens
         # Tokenizers are not to be shared between threads, and the engine's belongs to its own.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.thread = ThreadPoolExecutor(1, "kveraser-reader")
@@ -114,10 +120,16 @@ class Service:
         """
         with self._serving():
             reading = await self._in_thread(lambda: self._read(turn))
-            answer = self.conversations.answer(_owner(key), reading, turn.sampling, turn.erasing)
+            answer = self.conversations.answer(_owner(key), reading, self._capped(turn.sampling), turn.erasing)
             async with aclosing(answer) as events:
                 async for event in events:
+                    if turn.warnings and not isinstance(event, Delta):
+                        event = replace(event, what=replace(event.what, warnings=turn.warnings))
                     yield event
+
+    def _capped(self, sampling: Sampling) -> Sampling:
+        """No answer is longer than its request says, or than the server's own cap where it says nothing."""
+        return replace(sampling, max_tokens=self.answer_tokens) if sampling.max_tokens is None else sampling
 
     def _read(self, turn: Turn) -> Reading:
         if (turn.messages is None) == (turn.prompt is None):
@@ -246,7 +258,8 @@ class Service:
             caches: answer from the session's own cache; from one in which nothing was erased; or from an exact one.
         """
         with self._serving():
-            answer = self.sessions.ask(_owner(key), id, question, sampling or Sampling(), keep, caches)
+            capped = self._capped(sampling or Sampling())
+            answer = self.sessions.ask(_owner(key), id, question, capped, keep, caches)
             async with aclosing(answer) as events:
                 async for event in events:
                     yield event

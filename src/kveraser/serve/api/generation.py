@@ -50,7 +50,8 @@ class Generation:
     """
 
     def __init__(self, events: AsyncIterator[Event], receive: Receive, metrics: Metrics) -> None:
-        self._metrics, self._began = metrics, time.monotonic()
+        self._metrics, self._began, self._reading = metrics, time.monotonic(), True
+        metrics.asked(id(self))
         # It holds one answer at most; a client that reads slowly doesn't hold up the others.
         self._queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self._work = asyncio.create_task(self._run(events))
@@ -85,6 +86,7 @@ class Generation:
             await self.close()
             raise
         self._metrics.started(event, time.monotonic() - self._began)
+        self._reading = False
         return event
 
     async def rest(self) -> AsyncGenerator[Delta | Finished]:
@@ -108,6 +110,7 @@ class Generation:
             if not task.cancelling():
                 task.cancel()
         await asyncio.gather(self._work, self._watch, return_exceptions=True)
+        self._metrics.written(id(self), not self._reading)
 
     async def collect(self) -> tuple[str, list[TokenLogprob], Finished]:
         """The whole answer.

@@ -40,6 +40,7 @@ class Observed:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
+        scope["request_id"] = request_id
         self.metrics.began()
         try:
             try:
@@ -65,4 +66,5 @@ class Observed:
                 status=status,
                 seconds=round(seconds, 4),
                 owner=str(scope.get("owner") or "-")[:12],
+                **scope.get("refusal", {}),
             )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from kveraser.errors import KVEraserError
 from kveraser.serve.errors import (
@@ -28,6 +30,20 @@ SHOWN_VALUE = 80
 SHOWN_FIELDS = 8
 
 
+class Refusal(JSONResponse):
+    """An error reply; the request's log line says which it was."""
+
+    def __init__(self, error: ServeError, headers: Mapping[str, str]) -> None:
+        super().__init__(_printable(error.to_json()), error.status, headers)
+        self.error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Field names that clients made up may be anything: only what can be one of ours is logged.
+        field = self.error.param if re.fullmatch(r"[a-z0-9_.]{1,80}", self.error.param or "") else None
+        scope["refusal"] = {"code": self.error.code, "field": field}
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: KVEraserError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The reply that an error becomes."""
     serve = as_serve_error(error)
@@ -36,7 +52,7 @@ def error_response(error: KVEraserError, headers: Mapping[str, str] | None = Non
         sent["Retry-After"] = str(max(1, math.ceil(serve.retry_after)))
     if serve.status == 401:
         sent["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(_printable(serve.to_json()), serve.status, sent)
+    return Refusal(serve, sent)
 
 
 def _printable(body: dict[str, Any]) -> dict[str, Any]:

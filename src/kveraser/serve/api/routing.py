@@ -13,6 +13,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from kveraser.serve.fields import ErrorReply
+from kveraser.serve.logs import log
 from kveraser.serve.metrics import Metrics
 from kveraser.serve.service import Service
 
@@ -110,6 +111,17 @@ def _owner(request: Request) -> str:
     return owner
 
 
+def _starts(request: Request) -> None:
+    """A request that hangs is found in the log by its id, before it ends."""
+    log(
+        "request started",
+        request_id=request.scope.get("request_id"),
+        route=getattr(request.scope.get("route"), "path", "unknown"),
+        method=request.method,
+        owner=str(request.scope.get("owner") or "-")[:12],
+    )
+
+
 Served = Annotated[Service, Depends(_service)]
 Counted = Annotated[Metrics, Depends(_metrics)]
 Owner = Annotated[str, Depends(_owner)]
@@ -119,7 +131,7 @@ Owner = Annotated[str, Depends(_owner)]
 def router(tag: str) -> APIRouter:
     """A router for routes that need a key."""
     key = HTTPBearer(auto_error=False, scheme_name="API key", description="Only when the server was given keys.")
-    return APIRouter(tags=[tag], route_class=JsonRoute, dependencies=[Depends(key)])
+    return APIRouter(tags=[tag], route_class=JsonRoute, dependencies=[Depends(key), Depends(_starts)])
 
 
 __all__ = [
