@@ -98,10 +98,6 @@ results-ruler: $(BACKBONE)
 	@mv docs/results/ruler.json.part docs/results/ruler.json
 	@$(BIN)/kveraser bench report runs/ruler --output runs/ruler/report
 	@cp runs/ruler/report/exact-match.png docs/results/figures/ruler.png
-	@echo "Measuring: assignments"
-	@$(BIN)/kveraser bench quality --suite ruler --tasks assignments --lengths 1024 --cases 16 --seed 1 \
-		--output runs/assignments --json >docs/results/assignments.json.part
-	@mv docs/results/assignments.json.part docs/results/assignments.json
 	@$(BIN)/python -m kveraser.bench.tables
 
 results-longqa: $(BACKBONE)
@@ -124,7 +120,7 @@ results-eraser: $(BACKBONE)
 	@$(BIN)/kveraser bench train --json >docs/results/training.json.part
 	@mv docs/results/training.json.part docs/results/training.json
 	@echo "Measuring: held-out suite"
-	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024,2048 --spans 50,200,600 \
+	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024 --spans 50,200 \
 		--cases $(CASES) --output runs/heldout --json >docs/results/heldout.json.part
 	@mv docs/results/heldout.json.part docs/results/heldout.json
 	@$(BIN)/python -m kveraser.bench.tables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 
 from kveraser import Session
 from kveraser.backbone import SHIPPED_ERASER, Backbone
+from kveraser.bench.case import ALL
+from kveraser.bench.rows import AXES
 from kveraser.bundled import MODEL_NAME, shipped_eraser_folder
 from kveraser.eraser import EraserSettings
 from kveraser.probes import Probe
@@ -77,6 +80,13 @@ def test_it_undoes_most_of_what_the_span_did(backbone: Backbone) -> None:
     audit = session.audit(probes)
     assert audit.kl is not None and audit.kl_unerased is not None
     assert 0 < audit.kl < audit.kl_unerased / 2
+
+
+def test_it_is_the_best_of_those_that_leave_the_rest_of_the_cache_untouched() -> None:
+    result = json.loads((Path(__file__).parent.parent / "docs/results/heldout.json").read_text("utf-8"))
+    everywhere = [row for row in result["rows"] if all(row[axis] == ALL for axis in AXES if axis != "suite")]
+    kl = {row["method"].partition("(")[0]: row["kl"] for row in everywhere if row["suite"] == "heldout"}
+    assert kl["recompute"] < 1e-6 < kl["kveraser"] < min(kl["mask"], kl["zero_value"], kl["blank"]) < kl["none"]
 
 
 def test_its_card_says_how_it_was_made() -> None:

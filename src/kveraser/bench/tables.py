@@ -108,7 +108,8 @@ def heldout_table(result: Mapping[str, Any]) -> str:
         matched = "" if row["em"] is None else f"{row['em']:.2f} ({row['em_exact']:.2f})"
         lines.append(
             f"| `{row['method']}` | {row['recomputed']:.0f} | {row['seconds']:.2f} | {_with_interval(row, 'kl', 4)} "
-            f"| {_with_interval(row, 'fidelity', 2)} | {matched} | {row['leak']:+.3f} | {row['no_harm']:.4f} |"
+            f"| {_with_interval(row, 'fidelity', 2)} | {matched} | {row['leak']:+.3f} "
+            f"| {_with_interval(row, 'no_harm', 4)} |"
         )
     return "\n".join(lines)
 
@@ -306,14 +307,15 @@ def _with_interval(row: Mapping[str, Any], name: str, digits: int) -> str:
     """A figure with its 95% interval where it has one."""
     if row[name] is None:
         return "-"
-    # An exact method's KL is 0 up to rounding, on either side.
-    value = f"{row[name] if abs(row[name]) >= 10**-digits / 2 else 0.0:.{digits}f}"
     low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return (
-        value
-        if low is None or high is None or high - low < 10**-digits
-        else f"{value} ({low:.{digits}f} to {high:.{digits}f})"
-    )
+    if low is None or high is None or high - low < 10**-digits:
+        return _rounded(row[name], digits)
+    return f"{_rounded(row[name], digits)} ({_rounded(low, digits)} to {_rounded(high, digits)})"
+
+
+def _rounded(value: float, digits: int) -> str:
+    # What is 0 up to rounding has no sign.
+    return f"{value if abs(value) >= 10**-digits / 2 else 0.0:.{digits}f}"
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
@@ -339,7 +341,6 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "ruler_tasks": ("ruler", partial(recovered_axis_table, suite="ruler", axis="task")),
     "ruler_lengths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="length")),
     "ruler_depths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="depth")),
-    "assignments": ("assignments", partial(recovered_table, suite="ruler")),
     "documents": ("longqa", partial(recovered_table, suite="longqa")),
     "frontier": ("frontier", frontier_table),
     "sharing": ("sharing", sharing_table),
