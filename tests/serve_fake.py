@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,6 +34,7 @@ from kveraser.serve.exchange import (
     Turn,
 )
 from kveraser.serve.service import Service
+from kveraser.serve.tools import CallReader
 from kveraser.spans import selector_from_json
 
 MODEL = "fake"
@@ -82,6 +83,9 @@ class FakeService(Service):
                 "repair", "shift, then more", "window", "here", False, True, {"window": 8, "per_span": 0.0}, True
             )
         ]
+
+    def call_reader(self, most: int | None, names: Collection[str]) -> CallReader:
+        return CallReader(most, names=names)
 
     def token_text(self, token: int) -> str:
         return self.pieces[token] if token < len(self.pieces) else "\ufffd"

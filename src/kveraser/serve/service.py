@@ -6,13 +6,14 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kveraser import chat
 from kveraser.errors import InputError, KVEraserError
 from kveraser.probes import Probe
 from kveraser.serve.background import Background
@@ -42,6 +43,7 @@ from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.sessions import Sessions
 from kveraser.serve.store import Store
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.serve.tools import CallReader, formats_of
 from kveraser.serve.views import method_cards
 
 SWEEP_SECONDS = 5.0
@@ -112,6 +114,15 @@ class Service:
         """The text of a token alone; part of a character is a replacement character."""
         text: str = self.tokenizer.decode([token])
         return text
+
+    def call_reader(self, most: int | None, names: Collection[str]) -> CallReader:
+        """What reads tool calls in answers of this model; `most` and `names` as in `CallReader`."""
+        try:
+            opening = chat.reply_opening(self.tokenizer)
+        except InputError:
+            opening = ""
+        template, thinking = str(self.tokenizer.chat_template), opening.rstrip().endswith("<think>")
+        return CallReader(most, formats=formats_of(template), names=names, thinking=thinking)
 
     async def generate(self, key: str, turn: Turn) -> AsyncIterator[Event]:
         """Answer a request: one `Started`, `Delta`s, one `Finished`. Closing the iterator cancels.

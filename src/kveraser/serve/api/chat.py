@@ -35,6 +35,7 @@ from kveraser.serve.replies import (
     TopLogprob,
 )
 from kveraser.serve.schemas import ChatRequest
+from kveraser.serve.service import Service
 from kveraser.serve.tools import Call, CallReader
 
 routes = router("OpenAI")
@@ -71,11 +72,11 @@ async def chat(body: ChatRequest, request: Request, service: Served, owner: Owne
     try:
         started = await generation.start()
         if body.stream:
-            return EventStream(_chunks(body, head, started, generation, service.token_text), generation, started.what)
+            return EventStream(_chunks(body, head, started, generation, service), generation, started.what)
         text, tokens, finished = await generation.collect()
     except ClientGone:
         return gone()
-    reader = _reader(body)
+    reader = _reader(body, service)
     calls: list[Call] = []
     if reader is not None:
         shown, _ = reader.feed(text)
@@ -99,11 +100,12 @@ async def chat(body: ChatRequest, request: Request, service: Served, owner: Owne
     return Response(reply.model_dump_json(), media_type="application/json", headers=happened_header(finished.what))
 
 
-def _reader(body: ChatRequest) -> CallReader | None:
+def _reader(body: ChatRequest, service: Service) -> CallReader | None:
     """What takes tool calls out of the answer; None where the request has no tools to call."""
     if not body.tools or body.tool_choice == "none":
         return None
-    return CallReader(1 if body.parallel_tool_calls is False else None)
+    names = {tool.function.name for tool in body.tools}
+    return service.call_reader(1 if body.parallel_tool_calls is False else None, names)
 
 
 def _reason(finished: Finished, calls: Sequence[Call]) -> Literal["stop", "length", "tool_calls"]:
@@ -126,12 +128,12 @@ def _logprobs(tokens: Iterable[TokenLogprob], text_of: TokenText) -> list[TokenL
 
 
 async def _chunks(
-    body: ChatRequest, head: dict[str, Any], started: Started, generation: Generation, text_of: TokenText
+    body: ChatRequest, head: dict[str, Any], started: Started, generation: Generation, service: Service
 ) -> AsyncGenerator[dict[str, Any]]:
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     def chunk(delta: dict[str, Any], reason: str | None = None, tokens: Iterable[TokenLogprob] = ()) -> dict[str, Any]:
-        logprobs = [one.model_dump() for one in _logprobs(tokens, text_of)] if body.logprobs else []
+        logprobs = [one.model_dump() for one in _logprobs(tokens, service.token_text)] if body.logprobs else []
         choice = {
             "index": 0,
             "delta": delta,
@@ -141,7 +143,7 @@ async def _chunks(
         made = {**head, "object": "chat.completion.chunk", "choices": [choice]}
         return {**made, "usage": None} if with_usage else made
 
-    reader = _reader(body)
+    reader = _reader(body, service)
     count = 0
 
     def called(calls: list[Call]) -> list[dict[str, Any]]:
