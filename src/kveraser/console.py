@@ -6,8 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
     from kveraser.demo.run import DocumentResult
 
 RECEIPT_COLUMNS = ["method", "exact", "seconds", "erased", "recomputed", "kl", "fidelity", "leak", "no_harm"]
+
+EDGES, CLOSE_EDGES = 3, 2
+"""Characters that a column takes beside its cells, in a table with lines and in one without."""
+TEXT_WIDTH, LONGEST_WORD = 16, 24
+"""What a column of text is given at least, and at most where its words are longer."""
 
 
 def say(message: str) -> None:
@@ -51,10 +59,10 @@ def bar(total: float | None = None) -> Iterator[Callable[..., None]]:
 
 
 def table_of(title: str, columns: Sequence[str]) -> Table:
-    """An empty table."""
+    """An empty table; its first column names the rows and is never cut."""
     table = Table(title=title, title_justify="left", show_lines=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for place, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=place == 0)
     return table
 
 
@@ -65,29 +73,78 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
+        shown = f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
+        return shown.removeprefix("-") if not shown.strip("-0.") else shown
     if isinstance(value, dict):
         return ", ".join(f"{key}={one!r}" for key, one in value.items() if one is not None and len(repr(one)) < 24)
     return escape(str(value))
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Rows as a table; below it, of rows that could not be measured, the reasons."""
+    """Rows as a table; below it, of rows that could not be measured, the reasons.
+
+    Columns without a value are left out. A table too wide for the terminal is written closer, and then in parts, each
+    of which begins with the columns that name the rows.
+    """
     measured = [row for row in rows if not row.get("missing")]
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        numbers = all(isinstance(row.get(column), int | float | None) for row in measured)
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
-    for row in measured:
-        table.add_row(*(cell(row.get(column)) for column in columns))
     console = Console()
-    console.print(table)
+    shown = [column for column in columns if not measured or any(row.get(column) is not None for row in measured)]
+    for number, part in enumerate(_parts(measured, shown, console.width)):
+        _print_part(console, f"{title} (continued)" if number else title, measured, part)
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.get("missing"):
             reasons.setdefault(row["missing"], []).append(row["method"])
     for reason, methods in reasons.items():
         console.print(escape(f"{', '.join(methods)}: {reason}"))
+
+
+def _print_part(console: Console, title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    widths = [_least(rows, column) for column in columns]
+    close = sum(widths) + EDGES * len(widths) + 1 > console.width
+    table = Table(title=title, title_justify="left")
+    if close:
+        table = Table(
+            title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+    for column, width in zip(columns, widths, strict=True):
+        numbers = _numbers(rows, column)
+        table.add_column(
+            column, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold", min_width=width
+        )
+    for row in rows:
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    console.print(table)
+
+
+def _parts(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], width: int) -> list[list[str]]:
+    """The columns, in as many parts as it takes for each to fit into `width` when it is written closely."""
+    naming = list(takewhile(lambda column: not rows or not _numbers(rows, column), columns))[:1] or list(columns[:1])
+    if "method" in columns:
+        naming = list(columns[: columns.index("method") + 1])
+    parts: list[list[str]] = [list(naming)]
+    for column in columns[len(naming) :]:
+        if (
+            len(parts[-1]) > len(naming)
+            and sum(_least(rows, one) + CLOSE_EDGES for one in [*parts[-1], column]) > width
+        ):
+            parts.append(list(naming))
+        parts[-1].append(column)
+    return parts
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    return all(isinstance(row.get(column), int | float | None) for row in rows)
+
+
+def _least(rows: Sequence[Mapping[str, Any]], column: str) -> int:
+    """The least width at which a column can be read: of numbers and names all of them, of text a few words."""
+    cells = [cell(row.get(column)) for row in rows]
+    longest = max(map(cell_len, cells), default=0)
+    if not _numbers(rows, column):
+        words = max((cell_len(word) for text in cells for word in text.split()), default=0)
+        longest = min(longest, max(words, TEXT_WIDTH), LONGEST_WORD)
+    return max(longest, cell_len(column))
 
 
 def receipt_row(receipt: Mapping[str, Any]) -> dict[str, Any]:
