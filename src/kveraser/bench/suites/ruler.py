@@ -98,13 +98,14 @@ def _alias(distance: int) -> Maker:
 def _variables(hops: int) -> Maker:
     def made(city: str, alias: str, right: str, wrong: str) -> Form:
         names = [f"{alias.upper()}{number}" for number in range(1, hops + 2)]
-        links = tuple(f"VAR {name} = VAR {before}." for before, name in pairwise(names))
-        chain = " = ".join(f"VAR {name}" for name in reversed(names))
+        links = tuple(f"The value of {name} is the value of {before}." for before, name in pairwise(names))
+        steps = [f"the value of {name} is the value of {before}" for before, name in pairwise(names)]
+        chain = ", ".join(reversed(steps))
         return Form(
-            bad=f"VAR {names[0]} = {wrong}.",
-            right=f"VAR {names[0]} = {right}.",
-            question=f"What is the value of the variable {names[-1]} in the provided text?",
-            answer_prefix=f"The value of the variable {names[-1]} is: {chain} =",
+            bad=f"One of the variables is {names[0]}, and the value of {names[0]} is: {wrong}.",
+            right=f"One of the variables is {names[0]}, and the value of {names[0]} is: {right}.",
+            question=f"What is the value of {names[-1]} in the provided text?",
+            answer_prefix=f"In the provided text, {chain}, and the value of {names[0]} is:",
             later=links,
             distance=None,
         )
