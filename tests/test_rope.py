@@ -9,7 +9,9 @@ import torch
 
 from kveraser.backbone import Backbone
 from kveraser.errors import RotationError
+from kveraser.methods import make_method
 from kveraser.rope import rotate_keys
+from kveraser.spans import Span
 from tests.tiny import ROTARY_FAMILIES, distance, random_tokens, tiny_backbone, tiny_model, tiny_tokenizer
 
 TOKENS = random_tokens(12)
@@ -138,3 +140,15 @@ def test_bfloat16_keys_turn_in_float32_and_stay_bfloat16() -> None:
         assert torch.equal(rotated[layer], exact[layer].bfloat16())
         own = there[layer].float()
         assert (rotated[layer].float() - own).norm() < 0.05 * own.norm() < 0.5 * (here[layer].float() - own).norm()
+
+
+def test_many_small_moves_end_where_one_large_one_does() -> None:
+    backbone, live = tiny_backbone(), random_tokens(400)
+    cache, shift = backbone.prefill(live), make_method("shift").settled(backbone)
+    last = [keys[:, :, 300:400].clone() for keys, _ in cache.read(0, 400)]
+    for _ in range(50):
+        with cache.edit():
+            shift(backbone, cache, live, Span(100, 104))
+        del live[100:104]
+    moved = [keys[:, :, 100:200] for keys, _ in cache.read(0, 200)]
+    assert distance(moved, backbone.rotation.rotate(last, -200)) < 1e-4 < distance(moved, last)
