@@ -317,3 +317,49 @@ def test_a_plain_question_needs_no_template_and_keeps_its_braces(plain_tokenizer
 def test_an_empty_question_is_refused(question: Any) -> None:
     with pytest.raises(InputError, match="the question is empty or no text"):
         chat.question_text(tokenizer_with(CHAT_TEMPLATE), question, turn_open=True)
+
+
+# Long conversations
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_long_conversations_are_rendered_a_fixed_number_of_times(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = [renders(name, talk(rounds), monkeypatch) for rounds in (20, 200)]
+    # Ten times the messages: the same renderings find the ranges.
+    assert counted[0] == counted[1] <= 20
+
+
+def test_long_agent_conversations_are_rendered_a_fixed_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = [renders("thinking", work(rounds), monkeypatch) for rounds in (20, 200)]
+    assert counted[0] == counted[1] <= 30
+
+
+def talk(rounds: int) -> list[Any]:
+    turns = [(f"Question {number}?", f"Answer {number}.") for number in range(rounds)]
+    return [
+        {"role": role, "content": said}
+        for pair in turns
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def work(rounds: int) -> list[Any]:
+    done = [{"role": "tool", "tool_call_id": "call_1", "content": f"Result {number}."} for number in range(rounds)]
+    return [ASKED, *(message for result in done for message in (CALLING, result))]
+
+
+def renders(name: str, messages: list[Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the template is rendered to find the ranges, which are those that each message's words tell."""
+    tokenizer, count = tokenizer_with(TEMPLATES[name]), 0
+    original = tokenizer.apply_chat_template
+
+    def counting(*args: Any, **settings: Any) -> str:
+        nonlocal count
+        count += 1
+        text: str = original(*args, **settings)
+        return text
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    text, ranges = chat.render_with_ranges(tokenizer, messages)
+    assert contents(text, ranges) == [message["content"] or "" for message in messages]
+    return count

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kveraser import chat
 from kveraser.backbone import encode
 from kveraser.errors import InputError
 from kveraser.serve.rendering import read_messages, read_prompt, session_messages, session_text
+from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.spans import Transcript
 from tests.sessions import MESSAGES, TEXT
 from tests.templates import TEMPLATES, tokenizer_with
@@ -86,3 +89,32 @@ def test_a_session_begins_as_the_library_begins_one() -> None:
     assert opened.text[opened.body_start :] == TEXT and opened.body_start > 0
     plain = session_text(tiny_tokenizer(chat=False), TEXT)
     assert (plain.text, plain.body_start) == (TEXT, 0)
+
+
+def test_clearing_many_results_takes_a_fixed_number_of_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, count = tokenizer_with(TEMPLATES["thinking"]), 0
+    original = tokenizer.apply_chat_template
+
+    def counting(*args: Any, **settings: Any) -> str:
+        nonlocal count
+        count += 1
+        text: str = original(*args, **settings)
+        return text
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    counted = []
+    for rounds in (20, 150):
+        call = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+        calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+        results = [
+            {"role": "tool", "tool_call_id": "call_1", "content": f"Result {number}."} for number in range(rounds)
+        ]
+        messages = [TALK[1], *(message for result in results for message in (calling, result))]
+        count = 0
+        edit = ToolResultEdit(trigger_input_tokens=None, trigger_tool_uses=0, keep=3)
+        reading = read_messages(tokenizer, messages, edits=[edit])
+        counted.append(count)
+        cleared = [{**message, "content": ""} if message in results[:-3] else message for message in messages]
+        assert "".join(reading.rest(0).text) == chat.render(tokenizer, cleared, generation_prompt=True)
+        assert reading.applied[0]["cleared_tool_uses"] == rounds - 3
+    assert counted[0] == counted[1] <= 40

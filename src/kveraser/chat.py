@@ -8,7 +8,9 @@ turn.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +31,12 @@ PLAIN_QUESTION = "\n\nQuestion: {question}\nAnswer:"
 
 BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What a message may say beside its content."""
+
+MARK = re.compile("\u2063([0-9]+)\u2063")
+"""What marks the place of every content at once."""
+
+TRIES = 3
+"""How often the same kind of message is rendered anew where that does not tell where it ends."""
 
 Range = tuple[int, int]
 
@@ -76,6 +84,14 @@ class _Rendered:
         message, end = self.messages[index], turn[1] if turn is not None else self.ends[index]
         if end is None or not any(message.get(field) for field in BESIDE_CONTENT):
             return None
+        key = self._neighbors(index)
+        if turn is not None and key in self._bodies:
+            lead, tail = self._bodies[key]
+            if self.text.startswith(lead, turn[0]) and self.text.endswith(tail, 0, end):
+                known = turn[0] + len(lead), end - len(tail)
+                return known if known[0] < known[1] else None
+        if self._failed["body", *key] == TRIES:
+            return None
         earlier = self.messages[:index]
         bare = {name: value for name, value in self._marked(index).items() if name not in BESIDE_CONTENT}
         before, marker, closing = (self._render([*earlier, bare]) or "").partition(CONTENT)
@@ -83,8 +99,16 @@ class _Rendered:
         openings = [before, self._render(earlier, generation_prompt=True) or ""]
         opening = next((one for one in openings if one and self.text.startswith(one)), None)
         if not marker or opening is None or not self.text.endswith(closing, 0, end):
+            self._failed["body", *key] += 1
             return None
+        if turn is not None and turn[0] <= len(opening):
+            self._bodies[key] = self.text[turn[0] : len(opening)], closing
         return (len(opening), end - len(closing)) if len(opening) < end - len(closing) else None
+
+    @cached_property
+    def _bodies(self) -> dict[tuple[Any, ...], tuple[str, str]]:
+        """What stands in a turn before and behind its body, for each pair of neighboring roles."""
+        return {}
 
     def _render(self, messages: Sequence[Plain], generation_prompt: bool = False) -> str | None:
         """The text of a variant of the conversation; None where the template refuses it."""
@@ -108,7 +132,55 @@ class _Rendered:
     @cached_property
     def _places(self) -> list[tuple[Range | None, bool]]:
         """What changes with each message's content, and whether that is the content and nothing else."""
-        return [self._place(index) for index in range(len(self.messages))]
+        found: list[tuple[Range | None, bool]] = [
+            (place, True) if place is not None else (None, False) for place in self._aligned
+        ]
+        for index, message in enumerate(self.messages):
+            if self._aligned[index] is None and message["content"].strip():
+                found[index] = self._place(index)
+        return found
+
+    @cached_property
+    def _aligned(self) -> list[Range | None]:
+        """Where contents stand, by one rendering with every content marked, compared with the text from both ends."""
+        found: list[Range | None] = [None] * len(self.messages)
+        marks = {index: f"\u2063{index}\u2063" for index, one in enumerate(self.messages) if one["content"].strip()}
+        marked = self._render(
+            [{**one, "content": marks.get(index, one["content"])} for index, one in enumerate(self.messages)]
+        )
+        # Contents that stand in another order, twice or not at all are looked for one by one.
+        order = [int(number) for number in MARK.findall(marked or "")]
+        if marked is None or order != list(marks):
+            return found
+        pieces = MARK.split(marked)[::2]
+        place = len(pieces[0])
+        front, back = self.text.startswith(pieces[0]), self.text.endswith(pieces[-1])
+        for index, literal in zip(order, pieces[1:], strict=True):
+            content = self.messages[index]["content"]
+            fits = [
+                place + len(one)
+                for one in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
+                if front and self.text.startswith(one, place) and self.text.startswith(literal, place + len(one))
+            ]
+            if not fits:
+                break
+            found[index], place = (place, fits[0]), fits[0] + len(literal)
+        if found and all(found[index] is not None for index in order):
+            return found if place == len(self.text) else [None] * len(self.messages)
+        place = len(self.text) - len(pieces[-1])
+        for index, literal in zip(order[::-1], pieces[-2::-1], strict=True):
+            if not back or found[index] is not None:
+                break
+            content = self.messages[index]["content"]
+            begins = [
+                place - len(one)
+                for one in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip()))
+                if self.text.endswith(one, 0, place) and self.text.endswith(literal, 0, place - len(one))
+            ]
+            if not begins:
+                break
+            found[index], place = (begins[0], place), begins[0] - len(literal)
+        return found
 
     def _place(self, index: int) -> tuple[Range | None, bool]:
         marked = self._render([*self.messages[:index], self._marked(index), *self.messages[index + 1 :]])
@@ -139,7 +211,48 @@ class _Rendered:
     @cached_property
     def ends(self) -> list[int | None]:
         """Where each turn ends, as far as rendering the conversation up to it tells."""
-        return [self._end(index) for index in range(len(self.messages))]
+        return [self._learned_end(index) for index in range(len(self.messages))]
+
+    def _neighbors(self, index: int) -> tuple[Any, ...]:
+        """What messages have in common whose turns end alike: roles and calls of this and the next, and the first."""
+        pair = self.messages[index : index + 2]
+        return *((one["role"], bool(one.get("tool_calls"))) for one in pair), index == 0
+
+    def _learned_end(self, index: int) -> int | None:
+        """As `_end`, which is asked only once for messages with the same text between them and the next."""
+        if index == len(self.messages) - 1:
+            return self._end(index)
+        content, after, key = self.contents[index], self.contents[index + 1], self._neighbors(index)
+        calls = bool(self.messages[index].get("tool_calls"))
+        if self._failed[key] == TRIES:
+            return None
+        closing, opening = self._learned.get(key, (None, None))
+        if content is not None and closing is not None and not calls:
+            end = content[1] + len(closing)
+            if self.text.startswith(closing, content[1]) and (
+                after is None or opening is None or self.text[end : after[0]] == opening
+            ):
+                return end
+        elif after is not None and opening is not None and self.text.endswith(opening, 0, after[0]):
+            return after[0] - len(opening)
+        found = self._end(index)
+        self._failed[key] += found is None
+        if found is not None:
+            self._learned[key] = (
+                self.text[content[1] : found] if content is not None and not calls else closing,
+                self.text[found : after[0]] if after is not None else opening,
+            )
+        return found
+
+    @cached_property
+    def _learned(self) -> dict[tuple[Any, ...], tuple[str | None, str | None]]:
+        """What closes a turn and what opens the next, for each pair of neighboring roles."""
+        return {}
+
+    @cached_property
+    def _failed(self) -> Counter[tuple[Any, ...]]:
+        """How often rendering up to a message did not tell where it ends, for each pair of neighboring roles."""
+        return Counter()
 
     def _end(self, index: int) -> int | None:
         if index == len(self.messages) - 1:
@@ -191,22 +304,49 @@ class _Rendered:
         turn = (start, end) if start is not None and end is not None and self._holds_only(index, start, end) else None
         if turn is not None and index > 0:
             return turn
+        key, message = self._neighbors(index), self.messages[index]
+        after = self.contents[index + 1] if index + 1 < len(self.messages) else None
+        own, before = self.contents[index], self.contents[index - 1] if index > 0 else None
+        if message.get("tool_calls"):
+            own = None
+        # Turns alike begin and end alike, counted from a content of their own or of their neighbors.
+        low = own[0] if own is not None else before[1] if before is not None else None
+        high = own[1] if own is not None else after[0] if after is not None else None
+        if key in self._removed and low is not None and high is not None:
+            known = low + self._removed[key][0], high + self._removed[key][1]
+            edges = (
+                self.text[min(known[0], low) : max(known[0], low)],
+                self.text[min(known[1], high) : max(known[1], high)],
+            )
+            if edges == self._removed[key][2:] and self._holds_only(index, *known):
+                return known
         # The first message may share its turn with the template's own words: without it, those stay.
         removed = self._removable(index)
         if removed is None:
             return turn
-        length, low, high = removed
-        first, last = self.contents[index] or (high, low + length)
-        low, high = max(low, last - length), min(high, first)
+        length, least, most = removed
+        first, last = self.contents[index] or (most, least + length)
+        least, most = max(least, last - length), min(most, first)
 
         def merit(place: int) -> tuple[bool, bool, int]:
             """A turn's known border; no token cut; as much of the markers before the content as behind it."""
             cut = place not in self._borders or place + length not in self._borders
             return place in (start, (end or 0) - length), not cut, min(first - place, place + length - last)
 
-        place = max(range(low, high + 1), key=merit, default=None)
+        place = max(range(least, most + 1), key=merit, default=None)
         fits = place is not None and self._holds_only(index, place, place + length)
-        return (place, place + length) if place is not None and fits else turn
+        if place is None or not fits:
+            return turn
+        if index > 0 and low is not None and high is not None:
+            end = place + length
+            edges = self.text[min(place, low) : max(place, low)], self.text[min(end, high) : max(end, high)]
+            self._removed[key] = place - low, end - high, *edges
+        return place, place + length
+
+    @cached_property
+    def _removed(self) -> dict[tuple[Any, ...], tuple[int, int, str, str]]:
+        """Of turns found by leaving them out: distances to the nearest contents, and the text between."""
+        return {}
 
     @cached_property
     def _borders(self) -> set[int]:

@@ -115,9 +115,12 @@ def read_messages(
     for number, edit in enumerate(edits):
         changes = [made for use in edit.chosen(edited, sum(transcript.live)) if (made := _changes(edit, edited, use))]
         left, gaps = edited, list[tuple[int, int] | None]()
-        for change in (change for made in changes for change in made):
+        steps = [change for made in changes for change in made]
+        for change in steps:
             left = change(left)
-            gaps.append(_gap(text, rendered(change(messages))))
+        gaps.extend(_contents_gone(tokenizer, messages, left, tools, text) or ())
+        if not gaps:
+            gaps.extend(_gap(text, rendered(change(messages))) for change in steps)
         places = {
             place for gap in gaps if gap is not None for place in _touched(transcript, gap) if transcript.live[place]
         }
@@ -243,6 +246,27 @@ def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Cal
     """What clearing a use does to the conversation; nothing where there is nothing left of it."""
     steps = [partial(without_result, use=use), *([partial(without_inputs, use=use)] if edit.clears_inputs(use) else [])]
     return [step for step in steps if step(messages) != list(messages)]
+
+
+def _contents_gone(
+    tokenizer: Any, messages: Messages, left: Messages, tools: Messages, text: str
+) -> list[tuple[int, int]] | None:
+    """The gaps that emptied contents leave, found by rendering once for all; None where more than contents changed."""
+    pairs = enumerate(zip(messages, left, strict=True))
+    gone = [index for index, (one, other) in pairs if one["content"] != other["content"]]
+    places = set(gone)
+    emptied = [{**one, "content": ""} if index in places else one for index, one in enumerate(messages)]
+    if not gone or list(left) != emptied:
+        return None
+    whole, ranges = chat.render_with_ranges(tokenizer, messages, tools)
+    gaps = [(ranges[index].content_start, ranges[index].content_end) for index in gone]
+    if not text.startswith(whole) or any(start >= end for start, end in gaps):
+        return None
+    kept, reached = "", 0
+    for start, end in gaps:
+        kept, reached = kept + text[reached:start], end
+    shorter = chat.render(tokenizer, left, tools, generation_prompt=True)
+    return gaps if kept + text[reached:] == shorter else None
 
 
 def _gap(text: str, shorter: str) -> tuple[int, int] | None:
