@@ -363,3 +363,24 @@ def renders(name: str, messages: list[Any], monkeypatch: pytest.MonkeyPatch) -> 
     text, ranges = chat.render_with_ranges(tokenizer, messages)
     assert contents(text, ranges) == [message["content"] or "" for message in messages]
     return count
+
+
+JOINING = (
+    "{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{{ CALL }}{% endfor %}{{ '[end]' }}{% endfor %}"
+)
+JOINED = {
+    "joined": "call.function.name + ' ' + call.function.arguments",
+    "trimmed": "call.function.name + ' ' + call.function.arguments.strip()",
+    "measured": "call.function.name + ' ' + call.function.arguments.replace('x', 'x')",
+}
+
+
+@pytest.mark.parametrize("written", JOINED.values(), ids=JOINED)
+@pytest.mark.parametrize("arguments", ['{"name": "Ada"}', {"name": "Ada"}], ids=["text", "object"])
+def test_arguments_go_as_text_to_a_template_that_joins_them_to_text(written: str, arguments: Any) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": arguments}}
+    messages = [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}, FOUND]
+    text, ranges = chat.render_with_ranges(tokenizer_with(JOINING.replace("CALL", written)), messages)
+    assert text == '[user]user?[end][assistant]find {"name": "Ada"}[end][tool]In Rome.[end]'
+    assert contents(text, ranges) == ["user?", "", "In Rome."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from kveraser.errors import InputError
@@ -46,15 +47,34 @@ def apply(
         InputError: the template refuses them.
     """
     try:
-        rendered: str = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
+        return _applied(tokenizer, messages, tools, generation_prompt)
     except Exception as error:
+        # Some templates join arguments to text: those take them as JSON text.
+        written = [_with_written_arguments(message) for message in messages]
+        with suppress(Exception):
+            if written != list(messages):
+                return _applied(tokenizer, written, tools, generation_prompt)
         raise InputError(f"the backbone's chat template refuses this conversation: {error}") from error
+
+
+def _applied(tokenizer: Any, messages: Sequence[Plain], tools: Any, generation_prompt: bool) -> str:
+    rendered: str = tokenizer.apply_chat_template(
+        list(messages),
+        tools=list(tools) if tools else None,
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+    )
     return rendered
+
+
+def _with_written_arguments(message: Plain) -> Plain:
+    """The message with the arguments of its calls as JSON text."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        written = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+        calls.append({**call, "function": written} if "function" in call else written)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def plain(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Plain]:
