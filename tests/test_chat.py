@@ -384,3 +384,20 @@ def test_arguments_go_as_text_to_a_template_that_joins_them_to_text(written: str
     text, ranges = chat.render_with_ranges(tokenizer_with(JOINING.replace("CALL", written)), messages)
     assert text == '[user]user?[end][assistant]find {"name": "Ada"}[end][tool]In Rome.[end]'
     assert contents(text, ranges) == ["user?", "", "In Rome."]
+
+
+PHI = (
+    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
+
+
+def test_roles_that_a_template_drops_are_written_out() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, ASKED, CALLING, FOUND]
+    text, ranges = chat.render_with_ranges(tokenizer_with(PHI), messages)
+    assert "<|system|>\nBe brief.<|end|>\n" in text
+    assert text.endswith("<|user|>\n<tool_response>\nIn Rome.\n</tool_response><|end|>\n")
+    assert all("find" in one or one in text for one in contents(text, ranges)) and "find" in text
+    # A template that writes them gets them as they are.
+    text, _ = chat.render_with_ranges(tokenizer_with(THINKING), [ASKED, CALLING, FOUND])
+    assert "<tool_response>" not in text

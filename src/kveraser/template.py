@@ -15,6 +15,9 @@ ChatMessage = Mapping[str, Any]
 Plain = dict[str, Any]
 """A message as `plain` leaves it."""
 
+PROBE = "\u2063probe\u2063"
+"""A content that no template alters: shows whether it is written at all."""
+
 
 def has_template(tokenizer: Any) -> bool:
     """Whether the tokenizer comes with a chat template."""
@@ -87,7 +90,28 @@ def plain(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Plain]:
         raise InputError("the backbone's tokenizer has no chat template: pass the context as text instead of messages")
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages is {messages!r}: give a list of messages, each with a role and content")
-    return [_plain_message(tokenizer, index, message) for index, message in enumerate(messages)]
+    read = [_plain_message(tokenizer, index, message) for index, message in enumerate(messages)]
+    lost = {
+        role for role in ("tool", "developer") if any(one["role"] == role for one in read) and _drops(tokenizer, role)
+    }
+    return [_shown_otherwise(message) if message["role"] in lost else message for message in read]
+
+
+def _drops(tokenizer: Any, role: str) -> bool:
+    """Whether the template writes nothing of this role's messages, and says nothing about it."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] if role == "tool" else []
+    after = [] if role == "tool" else [{"role": "user", "content": "a"}]
+    try:
+        return PROBE not in _applied(tokenizer, [*talk, {"role": role, "content": PROBE}, *after], None, False)
+    except Exception:
+        return False
+
+
+def _shown_otherwise(message: Plain) -> Plain:
+    """A developer's message as the system's, a tool's as the user's between `<tool_response>` markers."""
+    if message["role"] == "developer":
+        return {**message, "role": "system"}
+    return {**message, "role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
 
 
 def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
