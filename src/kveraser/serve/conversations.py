@@ -74,6 +74,17 @@ class Plan:
         return self.found.held < self.entry.prompt - BRANCH_TOKENS
 
 
+def edited(before: Reading | None, now: Reading) -> bool:
+    """Whether the client took something out of the history, rather than the chat template or a change of tools.
+
+    Without messages (a prompt of its own, a context brought back from disk) every change is the client's.
+    """
+    if before is None or not (before.messages and now.messages) or now.applied or before.applied:
+        return True
+    same = list(now.messages[: len(before.messages)]) == list(before.messages)
+    return not same and list(now.tools) == list(before.tools)
+
+
 class Conversations:
     """Answers requests from contexts that it keeps by itself.
 
@@ -206,17 +217,31 @@ class Conversations:
                 entry.lock.release()
         return None
 
+    def _exact_only(
+        self, entry: Entry, measured: Measured, found: Reuse, reading: Reading | None, asked: _Asked
+    ) -> bool:
+        """Whether nothing but a context's exact states may serve a request."""
+        erasing, max_kl = asked.erasing, asked.erasing.max_kl
+        within = max_kl is None or (measured.kl is not None and measured.kl <= max_kl)
+        if asked.exactly or not (measured.exact or within):
+            # Behind the first erase nothing is exact; and nothing is erased to stay exact.
+            return True
+        if erasing.method is not None or max_kl is not None or erasing.now_then_exact:
+            return False
+        # What a client did not edit is not served approximately: a conversation of its own behind an erased span, and
+        # text that the template or other tools leave out.
+        foreign = not measured.exact and found.held < entry.prompt - 1
+        return foreign or (bool(found.removed) and not edited(reading, asked.reading))
+
     def _ranked(self, states: Sequence[tuple[Entry, int, Measured, Reading | None]], asked: _Asked) -> list[Plan]:
         """Contexts that are worth using, the best first."""
-        wanted, max_kl = asked.wanted, asked.erasing.max_kl
+        wanted = asked.wanted
         plans: list[tuple[int, float, Plan]] = []
         for entry, revision, measured, reading in states:
             # One token at least is new: the answer begins with what the model says behind it.
             borders = reading.borders if reading is not None else None
             found = reuse(measured.live, wanted[:-1], self.span_tokens, borders)
-            within = max_kl is None or (measured.kl is not None and measured.kl <= max_kl)
-            if asked.exactly or not (measured.exact or within):
-                # Behind the first erase nothing is exact; and nothing is erased to stay exact.
+            if self._exact_only(entry, measured, found, reading, asked):
                 usable = len(measured.live) if measured.exact else measured.exact_prefix
                 kept = min(found.prefix, usable)
                 plan = Plan(entry, revision, found, kept, (), kept)
