@@ -386,7 +386,9 @@ def test_tasks_are_judged_and_every_figure_is_there(tmp_path: Path) -> None:
     for row in result["rows"]:
         # No question of these tasks names a secret, and no cell has a distance or a depth of its own.
         unset = {name for name, value in row.items() if value is None}
-        assert unset <= {"leak_rate", "distance", "depth"} and "nan" not in map(str, row.values())
+        # Nothing was recovered where the span flipped no answer, and nothing broken where all were flipped.
+        shares = {f"{share}{end}" for share in ("recovered", "broken") for end in ("", "_low", "_high")}
+        assert unset <= {"leak_rate", "distance", "depth"} | shares and "nan" not in map(str, row.values())
         assert row["fidelity_low"] <= row["fidelity"] <= row["fidelity_high"]
         if row["method"] == "none":
             assert row["fidelity"] == 0 and row["kl"] == row["kl_unerased"] > 0.01

@@ -304,7 +304,11 @@ def test_every_method_and_its_numbers(page: Any) -> None:
         page.click("#find button")
         erase(page)
         receipt = served(page)["receipts"][-1]
-        assert receipt["method"] == name or name == "auto"
+        if receipt["requested"] is None:
+            assert receipt["method"] == name or name == "auto"
+        else:
+            # In a text this short some cost as much as exact recomputation.
+            assert receipt["method"] == "recompute" and receipt["requested"].partition("(")[0] == name
         assert name != "repair" or receipt["parameters"]["window"] == 4
         page.click("#undo")
         page.wait_for_selector("#receipt:empty", state="attached")
