@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter += 0.2 * torch.randn_like(parameter)
-    return model.eval()
+    return model.to(os.environ.get("KVERASER_TEST_DEVICE", "cpu")).eval()
 
 
 def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

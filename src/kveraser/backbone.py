@@ -342,7 +342,10 @@ class Backbone:
         return rows.to(device=self.device, dtype=torch.long if whole else torch.float32)
 
     def attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """Which slots every token sees (bool `[tokens, slots]`) as the model takes it, `[1, 1, tokens, slots]`.
+        """Which slots every token sees (bool `[tokens, slots]` or `[batch, tokens, slots]`) as the model takes it.
+
+        Returns:
+            `[batch, 1, tokens, slots]`, on the model's device.
 
         Raises:
             BackboneError: the model's attention takes no such mask.
@@ -356,7 +359,7 @@ class Backbone:
                 f"{self.name} runs with attention '{implementation}', which takes no mask of its own: "
                 "load it with attn_implementation='sdpa'"
             )
-        return visible[None, None].to(self.device)
+        return (visible[None] if visible.dim() == 2 else visible)[:, None].to(self.device)
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:

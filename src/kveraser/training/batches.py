@@ -42,13 +42,13 @@ def tokenized(backbone: Backbone, cases: Iterable[Case], shape_multiple: int = 1
 def trimmed(case: TokenizedCase, multiple: int, opening: int) -> TokenizedCase:
     """Cut a case so that many share a shape, since only these run together.
 
-    Each part's length becomes a multiple of `multiple`, or, so that no part loses over a quarter, of the largest power
-    of two that goes four times into it. The prefix is cut behind its first `opening` tokens, span and suffix at their
+    Each part's length becomes a multiple of `multiple`, or, so that no part loses over a third, of the largest power
+    of two that goes twice into it. The prefix is cut behind its first `opening` tokens, span and suffix at their
     ends: exact reference and edited cache read the same tokens, so the objective means what it meant.
     """
 
     def kept(length: int) -> int:
-        unit = min(multiple, 1 << max(0, (length // 4).bit_length() - 1))
+        unit = min(multiple, 1 << max(0, (length // 2).bit_length() - 1))
         return length - length % unit
 
     head, body = case.prefix[:opening], case.prefix[opening:]

@@ -255,20 +255,21 @@ def answer_hidden(
     """
     packs = [pack(pairs, slots, position) for pairs in queries]
     longest = max(len(packed.tokens) for packed in packs)
-    tokens, positions, masks, rows, places = [], [], [], [], []
+    tokens = torch.zeros(len(packs), longest, dtype=torch.long)
+    positions = torch.full((len(packs), longest), position, dtype=torch.long)
+    visible = torch.zeros(len(packs), longest, slots + longest, dtype=torch.bool)
+    # Padding comes last, where no query sees it; it sees the context, since a place must see something.
+    visible[:, :, :slots] = True
+    kept = []
     for row, packed in enumerate(packs):
-        # Padding comes last, where no query sees it; it sees the context, since a place must see something.
-        padding = longest - len(packed.tokens)
-        tokens.append([*packed.tokens, *[0] * padding])
-        positions.append(torch.nn.functional.pad(packed.positions, (0, padding), value=position))
-        visible = torch.nn.functional.pad(packed.visible, (0, padding, 0, padding))
-        visible[len(packed.tokens) :, :slots] = True
-        masks.append(backbone.attention_mask(visible))
-        rows.append(torch.full_like(packed.kept, row))
-        places.append(packed.kept)
-    hidden = _forward(backbone, tokens, torch.stack(positions), cache, torch.cat(masks))
+        length = len(packed.tokens)
+        tokens[row, :length] = torch.tensor(packed.tokens)
+        positions[row, :length] = packed.positions
+        visible[row, :length, : slots + length] = packed.visible
+        kept.append(row * longest + packed.kept)
+    hidden = _forward(backbone, tokens, positions, cache, backbone.attention_mask(visible))
     # Only the places that are compared pay for the vocabulary.
-    return hidden[torch.cat(rows).to(hidden.device), torch.cat(places).to(hidden.device)]
+    return hidden.flatten(0, 1)[torch.cat(kept).to(hidden.device)]
 
 
 def case_losses(
@@ -300,7 +301,7 @@ def token_kl(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 def _forward(
     backbone: Backbone,
-    tokens: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]] | torch.Tensor,
     positions: torch.Tensor,
     cache: Any,
     attention_mask: torch.Tensor | None = None,
@@ -310,7 +311,7 @@ def _forward(
     `positions` are whole numbers, `[tokens]` for all rows or `[batch, tokens]`.
     """
     output = backbone.model.base_model(
-        input_ids=torch.tensor([list(row) for row in tokens], device=backbone.device),
+        input_ids=torch.as_tensor(tokens, device=backbone.device),
         position_ids=torch.atleast_2d(positions).to(device=backbone.device, dtype=torch.long),
         attention_mask=attention_mask,
         past_key_values=cache,
