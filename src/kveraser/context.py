@@ -182,7 +182,7 @@ class Context:
             ranges = [chat.moved(place, len(self.transcript.text)) for place in ranges]
         if not added:
             raise InputError("nothing to append: give some text or messages")
-        piece, marks = Piece(added, *self._tokenize(added)), self._marks()
+        piece, marks = Piece(added, *self._tokenize(added, follows=True)), self._marks()
         self.backbone.extend(self.cache, piece.tokens, progress)
         self._adopt([piece], ranges)
         self._history.append(marks)
@@ -221,7 +221,9 @@ class Context:
 
     # Bookkeeping
 
-    def _tokenize(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokenize(
+        self, text: str, special: bool = False, follows: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """As `Backbone.tokenize`, but text that no tokenizer takes is an `InputError`."""
         try:
             text.encode()
@@ -229,7 +231,7 @@ class Context:
             raise InputError(
                 f"the text has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
             ) from error
-        return self.backbone.tokenize(text, special)
+        return self.backbone.tokenize(text, special, follows)
 
     def _marks(self) -> Marks:
         transcript = self.transcript

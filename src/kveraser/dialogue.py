@@ -78,7 +78,7 @@ class Dialogue(Context):
     def _prompt(self, question: str, answer_prefix: str = "") -> Piece:
         """The question as it is appended to the cache as it is now."""
         text = chat.question_text(self.backbone.tokenizer, question, self.turn_open, answer_prefix)
-        prompt = Piece(text, *self._tokenize(text))
+        prompt = Piece(text, *self._tokenize(text, follows=True))
         self.backbone.check_room(self.cache.next_position, len(prompt.tokens))
         return prompt
 
@@ -121,7 +121,7 @@ class Dialogue(Context):
         answer = Piece(text, list(tokens), offsets)
         templated = chat.has_template(tokenizer)
         after = chat.reply_closing(tokenizer) if templated else ""
-        ending = Piece(after, *self._tokenize(after))
+        ending = Piece(after, *self._tokenize(after, follows=True))
         # Decoding leaves its last token out of the cache.
         said = [*prompt.tokens, *answer.tokens, *ending.tokens]
         self.backbone.extend(self.cache, said[self.cache.length - len(self.slots) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import get_args
 
@@ -71,13 +72,17 @@ def default_probes(before: str, erased: str, after: str) -> list[Probe]:
 
 def default_secrets(erased: str, remaining: str) -> list[str]:
     """Numbers and names of the erased text that stand nowhere else; the whole text if there are none."""
-    candidates = re.findall(r"[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*|[\w-]*\d[\w.,:/-]*\w|\d", erased)
+    # An accent apart from its letter would end the word.
+    composed = unicodedata.normalize("NFC", erased)
+    candidates = re.findall(r"[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*|[\w-]*\d[\w.,:/-]*\w|\d", composed)
     found = [candidate for candidate in dict.fromkeys(candidates) if not mentions(remaining, candidate)]
     return found or [erased]
 
 
 def mentions(text: str, secret: str) -> bool:
     """Whether a text gives a secret away: in any case and spacing, and not merely inside a longer word or number."""
+    # Accents may be written in two ways.
+    text, secret = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", secret)
     words = secret.lower().split()
     if not words:
         return False

@@ -262,7 +262,7 @@ class Session(Dialogue):
                 tuple(self._prompt(probe.question, probe.answer_prefix).tokens),
                 None
                 if probe.answer is None
-                else tuple(self._tokenize(chat.answer_text(probe.answer, probe.answer_prefix))[0]),
+                else tuple(self._tokenize(chat.answer_text(probe.answer, probe.answer_prefix), follows=True)[0]),
             )
             for probe in probes
         ]

@@ -60,7 +60,7 @@ def attack(
     """
     if candidates < 1 or rounds < 1:
         raise InputError(f"an attack of {rounds} rounds of {candidates} candidates tries nothing: give at least 1 each")
-    wordings, target = _wordings(attack), encode(backbone.tokenizer, attack.target)[0]
+    wordings, target = _wordings(attack), encode(backbone.tokenizer, attack.target, follows=True)[0]
     if not wordings or not target:
         raise InputError("an attack needs an opening, a request, a form and a target: an empty text counts as one")
     rng = random.Random(attack.seed)
@@ -104,4 +104,4 @@ def _text(attack: Attack, wording: Wording) -> str:
 
 
 def _prompt(tokenizer: Any, attack: Attack, wording: Wording, turn_open: bool) -> tuple[int, ...]:
-    return tuple(encode(tokenizer, chat.question_text(tokenizer, _text(attack, wording), turn_open))[0])
+    return tuple(encode(tokenizer, chat.question_text(tokenizer, _text(attack, wording), turn_open), follows=True)[0])

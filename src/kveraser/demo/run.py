@@ -134,7 +134,10 @@ def run_document(
 def _ask_together(session: Session, questions: Sequence[str]) -> tuple[str, ...]:
     """The answers of `session.ask` to each question, decoded side by side."""
     tokenizer, backbone = session.backbone.tokenizer, session.backbone
-    prompts = [backbone.tokenize(question_text(tokenizer, question, session.turn_open))[0] for question in questions]
+    prompts = [
+        backbone.tokenize(question_text(tokenizer, question, session.turn_open), follows=True)[0]
+        for question in questions
+    ]
     answers = greedy_together(backbone, session.cache, prompts, ANSWER_TOKENS)
     return tuple(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kveraser.backbone import Backbone
+from kveraser.backbone import Backbone, encode
 from kveraser.cache import EditableCache
 from kveraser.chat import as_turn, has_template
 from kveraser.errors import MethodError
@@ -49,7 +49,7 @@ class Erratum(Method):
             notice = as_turn(tokenizer, {"role": "user", "content": notice})
         else:
             notice = f"\n\n{notice}"
-        appended = tokenizer.encode(notice, add_special_tokens=False)
+        appended, _ = encode(tokenizer, notice, follows=True)
         cache.mark_inexact(span.start)
         backbone.extend(cache, appended)
         slots = [*silenced(cache.length - len(appended), span), *[NOT_LIVE] * len(appended)]

@@ -190,7 +190,7 @@ def added_messages(tokenizer: Any, messages: Messages) -> Rendered:
     text, ranges = chat.continuation(tokenizer, messages)
     if not text:
         raise InputError("nothing to append: give some messages")
-    return _rendered(tokenizer, text, tuple(ranges))
+    return _rendered(tokenizer, text, tuple(ranges), follows=True)
 
 
 def added_text(tokenizer: Any, text: str, messages: Sequence[MessageRange] = ()) -> Rendered:
@@ -199,7 +199,7 @@ def added_text(tokenizer: Any, text: str, messages: Sequence[MessageRange] = ())
     Raises:
         InputError: half a character.
     """
-    return _rendered(tokenizer, text, tuple(messages))
+    return _rendered(tokenizer, text, tuple(messages), follows=True)
 
 
 def exchanged(
@@ -226,20 +226,27 @@ def exchanged(
 
 
 def _rendered(
-    tokenizer: Any, text: str, messages: tuple[MessageRange, ...] = (), body_start: int = 0, special: bool = False
+    tokenizer: Any,
+    text: str,
+    messages: tuple[MessageRange, ...] = (),
+    body_start: int = 0,
+    special: bool = False,
+    follows: bool = False,
 ) -> Rendered:
-    tokens, offsets = _encode(tokenizer, text, special)
+    tokens, offsets = _encode(tokenizer, text, special, follows)
     return Rendered(text, tuple(tokens), tuple(offsets), messages, body_start)
 
 
-def _encode(tokenizer: Any, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+def _encode(
+    tokenizer: Any, text: str, special: bool = False, follows: bool = False
+) -> tuple[list[int], list[tuple[int, int]]]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"the text has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
         ) from error
-    return encode(tokenizer, text, special)
+    return encode(tokenizer, text, special, follows)
 
 
 def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Callable[[Messages], Messages]]:

@@ -54,7 +54,7 @@ class Query:
         Raises:
             InputError: an answer without tokens, or an answer prefix without a question or a chat template.
         """
-        answer = tuple(encode(tokenizer, chat.answer_text(self.answer, self.answer_prefix))[0])
+        answer = tuple(encode(tokenizer, chat.answer_text(self.answer, self.answer_prefix), follows=True)[0])
         if self.question is None:
             if self.answer_prefix:
                 raise InputError(f"case {case}: an answer prefix ({self.answer_prefix!r}) needs a question: give one")
@@ -64,7 +64,7 @@ class Query:
                 text = chat.question_text(tokenizer, self.question, turn_open, self.answer_prefix)
             except InputError as error:
                 raise InputError(f"case {case}: {error}") from error
-            prompt = tuple(encode(tokenizer, text)[0])
+            prompt = tuple(encode(tokenizer, text, follows=True)[0])
         if not answer:
             raise InputError(f"case {case}: the answer {self.answer!r} has no tokens to compare: make it longer")
         return prompt, answer
