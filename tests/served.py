@@ -101,6 +101,12 @@ async def chat(
     return await whole(service.generate(key, turn))
 
 
+def leave_no_room_for_copies(service: Service) -> None:
+    """From now on one context of the size of the held one can be edited, and none copied."""
+    store = service.store
+    store.limits = replace(store.limits, memory_bytes=int(2.7 * store.bytes_held))
+
+
 def uncached(messages: Sequence[Mapping[str, Any]], limit: int = 6) -> tuple[int, ...]:
     """The greedy answer to a conversation that is prefilled afresh."""
     return continued(read_messages(backbone().tokenizer, messages).wanted, limit)

@@ -8,7 +8,17 @@ import pytest
 
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.rendering import read_messages
-from tests.served import Answered, chat, continued, conversation, run, said, serving, uncached
+from tests.served import (
+    Answered,
+    chat,
+    continued,
+    conversation,
+    leave_no_room_for_copies,
+    run,
+    said,
+    serving,
+    uncached,
+)
 from tests.tiny import tiny_backbone
 
 THINKING = """{%- set ns = namespace(last=0) -%}
@@ -69,6 +79,7 @@ def test_only_a_client_that_allows_it_branches_off_behind_an_erase() -> None:
         async with serving(span_tokens=4) as service:
             messages = conversation(11)
             await chat(service, messages)
+            leave_no_room_for_copies(service)
             trimmed = [*messages[:1], *messages[5:]]
             await chat(service, trimmed)
             branch = [*trimmed[:-1], said("user", 5, 777)]

@@ -40,6 +40,7 @@ from tests.served import (
     chat,
     continued,
     conversation,
+    leave_no_room_for_copies,
     run,
     said,
     serving,
@@ -145,6 +146,7 @@ def test_a_request_that_still_holds_what_was_erased_never_gets_the_edited_cache(
         async with serving(span_tokens=4) as service:
             messages = conversation(8)
             await chat(service, messages)
+            leave_no_room_for_copies(service)
             await chat(service, [*messages[:3], *messages[5:]])
             again = await chat(service, messages)
             assert again.tokens == uncached(messages)
@@ -189,8 +191,13 @@ def test_a_budget_is_kept_or_the_answer_is_exact() -> None:
             # Within the budget the edited cache serves on; a smaller one it may not.
             same = [*messages[:3], *messages[4:]]
             assert not (await chat(service, same, max_kl=10.0)).started.what.exact
-            smaller = await chat(service, same, max_kl=receipt["audit"]["kl"] / 2)
-            assert smaller.started.what.exact and smaller.tokens == uncached(same)
+            budget = receipt["audit"]["kl"] / 2
+            smaller = await chat(service, same, max_kl=budget)
+            assert smaller.started.what.context != answered.started.what.context
+            [other] = smaller.started.what.receipts
+            assert other["audit"]["kl"] <= budget
+            least = await chat(service, same, max_kl=1e-9)
+            assert least.started.what.exact and least.tokens == uncached(same)
 
     run(test())
 

@@ -296,9 +296,9 @@ def test_editing_the_history(served: Served) -> None:
         (lambda all_of_it: [all_of_it[0], *all_of_it[3:5], *all_of_it[7:]], "erase"),
         (lambda all_of_it: [*all_of_it[:2], {**all_of_it[2], "content": "half of it"}, *all_of_it[3:]], "recompute"),
         (lambda all_of_it: all_of_it, "append"),
-        (lambda all_of_it: [*all_of_it[:4], SAID], "recompute"),
+        (lambda all_of_it: [*all_of_it[:4], SAID], "prefix"),
         (lambda all_of_it: [*all_of_it[:3], SAID, *all_of_it[3:]], "recompute"),
-        (lambda all_of_it: [*all_of_it[:-2], {"role": "user", "content": "And?"}], "recompute"),
+        (lambda all_of_it: [*all_of_it[:-2], {"role": "user", "content": "And?"}], "prefix"),
         (lambda all_of_it: [{"role": "system", "content": "Another one."}, *all_of_it[1:]], "prefill"),
     ],
 )

@@ -19,7 +19,7 @@ from kveraser.serve.engine import Engine, Held, Sampling
 from kveraser.serve.entries import Entry, Measured, Source
 from kveraser.serve.errors import ContextOverflow, ServeError, SessionGone
 from kveraser.serve.exchange import Action, Delta, Erasing, Event, Finished, Happened, Started
-from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, reuse
+from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, reuse, run_again
 from kveraser.serve.rendering import Reading
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.store import Store
@@ -30,6 +30,9 @@ BRANCH_TOKENS = 64
 
 LEAST_KEPT = 16
 """Fewer tokens in common are not worth a context that another conversation goes on with."""
+
+SPARED_TOKENS = 8
+"""A request that gives up more than this of a context works on a copy where memory is free: the other goes on."""
 
 COPIED_PER_KEPT = 16
 """A branch that keeps less than this part of a context is prefilled afresh instead of copying it."""
@@ -60,6 +63,7 @@ class Plan:
         kept: leading tokens of the request that are taken from it.
         removed: spans of its live tokens to erase.
         held: its leading live tokens that are kept or erased.
+        again: tokens of the request that it holds behind the first difference, and that are run again.
     """
 
     entry: Entry
@@ -68,10 +72,16 @@ class Plan:
     kept: int
     removed: tuple[Span, ...]
     held: int
+    again: int = 0
 
     @property
     def branches(self) -> bool:
         return self.found.held < self.entry.prompt - BRANCH_TOKENS
+
+    @property
+    def spares(self) -> bool:
+        """Whether what the context would lose is worth a copy."""
+        return self.entry.source is None and self.kept < self.entry.measured.live_tokens - SPARED_TOKENS
 
 
 def edited(before: Reading | None, now: Reading) -> bool:
@@ -167,7 +177,7 @@ class Conversations:
     async def _prepared(self, asked: _Asked) -> tuple[Entry, Happened, int]:
         """A locked context that holds the request's tokens, the new ones pending; what was done; and tokens kept."""
         reading, size = asked.reading, len(asked.wanted)
-        plan = await self._chosen(asked)
+        plan, again = await self._chosen(asked)
         if plan is not None:
             entry = plan.entry
             try:
@@ -177,7 +187,9 @@ class Conversations:
                     # Until an erase is done it can be undone; `auto` compares with two prefills.
                     undo = entry.bytes
                     added += 2 * plan.held if asked.method == "auto" or asked.erasing.max_kl is not None else 0
-                if plan.branches:
+                copied = self.store.size(added) + entry.bytes + undo
+                fits = entry.bytes + copied <= self.store.limits.memory_bytes
+                if (plan.branches and fits) or (plan.spares and self._free(copied)):
                     entry = await self._branch(plan, added, undo)
                 else:
                     await self.store.reserve(entry, added, undo)
@@ -198,24 +210,33 @@ class Conversations:
         except BaseException:
             await self.background.surely(self._release(entry, None))
             raise
-        return entry, Happened("prefill", entry.id, 0, 0, size, applied_edits=reading.applied), 0
+        return entry, Happened("prefill", entry.id, 0, again, size - again, applied_edits=reading.applied), 0
 
-    async def _chosen(self, asked: _Asked) -> Plan | None:
-        """The free context that saves most, locked."""
+    def _free(self, size: int) -> bool:
+        """Whether so many bytes are free without letting another context go."""
+        return self.store.bytes_held + size <= self.store.limits.memory_bytes
+
+    async def _chosen(self, asked: _Asked) -> tuple[Plan | None, int]:
+        """The free context that saves most, locked; and tokens that are run again where none is used."""
         known = self.store.of(asked.owner, "conversation")
         free = [entry for entry in known if entry.source == asked.source and not entry.lock.locked()]
         states = [(entry, entry.revision, entry.measured, entry.reading) for entry in free]
         search = asyncio.get_running_loop().run_in_executor
-        for plan in await search(self.thread, lambda: self._ranked(states, asked)):
+        plans = await search(self.thread, lambda: self._ranked(states, asked))
+        for plan in plans:
             entry = plan.entry
             if self.store.entries.get(entry.id) is entry and entry.revision == plan.revision:
                 if entry.lock.locked():
                     continue
                 await entry.lock.acquire()
                 if self.store.entries.get(entry.id) is entry and entry.revision == plan.revision:
-                    return plan
+                    return plan, plan.again
                 entry.lock.release()
-        return None
+
+        def again() -> int:
+            return max((run_again(measured.live, asked.wanted, LEAST_KEPT) for _, _, measured, _ in states), default=0)
+
+        return None, await search(self.thread, again)
 
     def _exact_only(
         self, entry: Entry, measured: Measured, found: Reuse, reading: Reading | None, asked: _Asked
@@ -247,6 +268,8 @@ class Conversations:
                 plan = Plan(entry, revision, found, kept, (), kept)
             else:
                 plan = Plan(entry, revision, found, found.kept, found.removed, found.held)
+            behind = measured.live[plan.held :]
+            plan = replace(plan, again=run_again(behind, wanted[plan.kept :], LEAST_KEPT))
             worth = plan.kept * COPIED_PER_KEPT >= len(measured.live) if plan.branches else plan.kept > 0
             if worth and plan.kept >= min(LEAST_KEPT, len(wanted) // 2):
                 plans.append((plan.kept - self.span_tokens * len(plan.removed), entry.used, plan))
@@ -266,9 +289,17 @@ class Conversations:
             await self.background.surely(self._release(entry, None))
             raise
         entry.reading, entry.prompt, entry.measured = origin.reading, origin.prompt, origin.measured
-        entry.source = origin.source
+        entry.source, entry.origin = origin.source, origin.id
         origin.lock.release()
+        self.background.start(self._let_copies_go(entry, origin))
         return entry
+
+    async def _let_copies_go(self, entry: Entry, origin: Entry) -> None:
+        """Of a context that is copied again, let its origin and its copies that served once go: they would pile up."""
+        for other in self.store.of(entry.owner, "conversation"):
+            related = other.id == origin.origin or (other.origin == origin.id and other.revision == 1)
+            if related and other is not entry and other.used < origin.used and not other.lock.locked():
+                await self.store.remove(other)
 
     # On the owner thread
 
@@ -401,13 +432,13 @@ def _happened(
     plan: Plan, entry: Entry, receipts: Sequence[Receipt], kept: int, wanted: int, reading: Reading
 ) -> Happened:
     """What taking up a context came to."""
+    # What the context held and the request has as well, and was run again all the same.
+    again = min(max(plan.again, plan.found.kept - kept), wanted - kept)
     action: Action = "append"
     if receipts:
         action = "erase"
     elif kept < min(plan.entry.prompt, wanted) - 1 or plan.found.removed:
-        action = "recompute"
-    # What the context held and the request has as well, and was run again all the same.
-    again = max(0, plan.found.kept - kept)
+        action = "recompute" if again else "prefix"
     documents: tuple[dict[str, Any], ...] = tuple(receipt.to_json() for receipt in receipts)
     return Happened(
         action=action,

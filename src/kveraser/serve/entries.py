@@ -102,6 +102,7 @@ class Entry:
         held: None while it lies on disk.
         prompt: live tokens that the last request had, before its answer.
         source: what it was made for, where that is a session; with the session it goes.
+        origin: id of the context that it was copied from.
         reserved: bytes that a running request may still take.
         copy_bytes: of the exact copy that is being made of it.
         saved: the revision of the snapshot on disk.
@@ -123,6 +124,7 @@ class Entry:
     reading: Reading | None = None
     prompt: int = 0
     source: Source | None = None
+    origin: str | None = None
     reserved: int = 0
     copy_bytes: int = 0
     saved: int | None = None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.tool_results import ToolResultEdit
 
-Action = Literal["prefill", "append", "erase", "recompute"]
+Action = Literal["prefill", "append", "erase", "recompute", "prefix"]
 Caches = Literal["edited", "unerased", "exact"]
 
 
@@ -55,7 +55,8 @@ class Happened:
 
     Attributes:
         action: `prefill`: nothing was cached; `append`: what was cached is used, and text added; `erase`: spans were
-            erased from what was cached; `recompute`: from the first difference on everything was run again.
+            erased from what was cached; `recompute`: from the first difference on everything was run, cached tokens
+            again; `prefix`: what both begin with was used, and nothing behind it had been cached.
         context: id of the cached context.
         erased_tokens: tokens erased from the cache for this request.
         recomputed_tokens: tokens that the cache had held and that were run again, by the method or from the first

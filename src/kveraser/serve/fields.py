@@ -238,9 +238,9 @@ class KVEraserFields(Request):
 class Happening(Reply):
     """What the request did to the cache that answered it."""
 
-    action: Literal["prefill", "append", "erase", "recompute"] = Field(
+    action: Literal["prefill", "append", "erase", "recompute", "prefix"] = Field(
         description="`prefill`: nothing was cached; `append`: text was added; `erase`: spans went from the cache; "
-        "`recompute`: run again from the first difference on."
+        "`recompute`: run again from the first difference on; `prefix`: the same beginning was used, the rest is new."
     )
     context: str = Field(description="Id of the cached context.")
     erased_tokens: int

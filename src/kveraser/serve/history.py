@@ -104,6 +104,17 @@ def common_prefix(one: Tokens, other: Tokens) -> int:
     return int(different[0]) if len(different) else size
 
 
+def run_again(cached: Tokens, request: Tokens, least: int) -> int:
+    """How many tokens of `request` lie in runs of `least` or more that `cached` has as well, wherever they stand."""
+    if min(len(cached), len(request)) < least:
+        return 0
+    runs = [np.lib.stride_tricks.sliding_window_view(tokens, least) for tokens in (cached, request)]
+    known = {run.tobytes() for run in runs[0]}
+    starts = np.array([run.tobytes() in known for run in runs[1]])
+    inside = np.convolve(starts, np.ones(least, dtype=np.int64)) > 0
+    return min(int(inside.sum()), len(cached))
+
+
 class _Search:
     """The best chain of islands that lie at ever greater shifts: an island is text that context and request share.
 
@@ -228,4 +239,4 @@ def _between(held: Tokens, span: Span, first: int, borders: Borders) -> Span:
     return Span(span.start - back, span.end - back)
 
 
-__all__ = ["SPAN_TOKENS", "Reuse", "common_prefix", "reuse", "without"]
+__all__ = ["SPAN_TOKENS", "Reuse", "common_prefix", "reuse", "run_again", "without"]
