@@ -148,8 +148,8 @@ class Conversations:
             await self.scheduler.prefill(held)
             exact, size = await self.scheduler.run(lambda: (held.exact, held.nbytes))
             entry.reserved = max(entry.reserved, size - entry.bytes)
-            entry.exact_wanted |= erasing.now_then_exact
-            what = replace(what, exact=exact, exact_pending=entry.exact_wanted and not exact)
+            entry.exact_wanted = (entry.exact_wanted or erasing.now_then_exact) and not exact
+            what = replace(what, exact=exact, exact_pending=entry.exact_wanted)
             yield Started(len(wanted), kept, what)
             count, room, reason = 0, ANSWER_TOKENS, "length"
             async with aclosing(self.scheduler.decode(held, sampling, keep=True)) as steps:
