@@ -66,7 +66,7 @@ class Happened:
         receipts: of this request's erases.
         applied_edits: of the request's context management, as Anthropic reports them.
         exact_pending: whether an exact cache is being made in idle time.
-        warnings: what of the request had no effect.
+        warnings: what of the request had no effect, or another than its text says.
     """
 
     action: Action

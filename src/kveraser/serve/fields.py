@@ -250,7 +250,9 @@ class Happening(Reply):
     receipts: list[dict[str, Any]] = Field(description="Of this request's erases.")
     applied_edits: list[dict[str, Any]] = Field(description="Of this request's context management.")
     exact_pending: bool = Field(description="An exact cache is being made in idle time.")
-    warnings: list[str] = Field(default_factory=list, description="What of the request had no effect.")
+    warnings: list[str] = Field(
+        default_factory=list, description="What of the request had no effect, or another than its text says."
+    )
 
 
 class PromptTokensDetails(Reply):

@@ -18,6 +18,9 @@ from kveraser.spans import MessageRange, Transcript
 
 Messages = Sequence[Mapping[str, Any]]
 
+NAMED_MARKERS = 4
+"""Special tokens in messages that a reply warns of, at most."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -136,6 +139,23 @@ def read_messages(
             transcript.live[place] = False
     stays = [place for place, live in enumerate(transcript.live) if live]
     return Reading(tokenizer, text, tokens, offsets, stays, messages, tools, tuple(applied))
+
+
+def control_warnings(tokenizer: Any, messages: Messages) -> tuple[str, ...]:
+    """Which special tokens the messages write out in their contents: the model reads them as control tokens.
+
+    Each is named once, and only the first few: clients limit the size of headers.
+    """
+    markers = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found: dict[str, int] = {}
+    for index, message in enumerate(messages):
+        for marker in markers:
+            if marker in (message.get("content") or ""):
+                found.setdefault(marker, index)
+    return tuple(
+        f"the content of message {index} has {marker}, which the model reads as a control token and not as text"
+        for marker, index in list(found.items())[:NAMED_MARKERS]
+    )
 
 
 def read_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> Reading:

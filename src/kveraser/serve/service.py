@@ -38,7 +38,14 @@ from kveraser.serve.exchange import (
     Turn,
 )
 from kveraser.serve.history import SPAN_TOKENS
-from kveraser.serve.rendering import Reading, read_messages, read_prompt, session_messages, session_text
+from kveraser.serve.rendering import (
+    Reading,
+    control_warnings,
+    read_messages,
+    read_prompt,
+    session_messages,
+    session_text,
+)
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.sessions import Sessions
 from kveraser.serve.store import Store
@@ -131,11 +138,12 @@ class Service:
         """
         with self._serving():
             reading = await self._in_thread(lambda: self._read(turn))
+            warnings = (*turn.warnings, *control_warnings(self.tokenizer, turn.messages or ()))
             answer = self.conversations.answer(_owner(key), reading, self._capped(turn.sampling), turn.erasing)
             async with aclosing(answer) as events:
                 async for event in events:
-                    if turn.warnings and not isinstance(event, Delta):
-                        event = replace(event, what=replace(event.what, warnings=turn.warnings))
+                    if warnings and not isinstance(event, Delta):
+                        event = replace(event, what=replace(event.what, warnings=warnings))
                     yield event
 
     def _capped(self, sampling: Sampling) -> Sampling:
