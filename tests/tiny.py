@@ -53,6 +53,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
     """A random model of `family` (a `model_type` of transformers), with its biases and norms away from their start.
 
     Weights are large, so that tokens change one another's states a lot and a tolerance of 1e-4 on logits means much.
+    It lies on the device that the environment variable KVERASER_TEST_DEVICE names, by default the CPU.
     """
     config = AutoConfig.for_model(family, **{**SHARED, **FAMILY_SETTINGS.get(family, {}), **overrides})
     with torch.random.fork_rng(devices=[]):
