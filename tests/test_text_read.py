@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -131,3 +132,22 @@ def test_what_was_erased_is_gone_with_its_accents(trimmed: bool) -> None:
 def test_a_secret_that_stands_elsewhere_with_other_accents_is_none() -> None:
     composed, apart = "Orléans 45000", unicodedata.normalize("NFD", "Orléans")
     assert default_secrets(composed, f"the train to {apart}") == ["45000"]
+
+
+@pytest.mark.parametrize("prefixed", [llama_2, always, never])
+def test_a_kept_answer_keeps_the_space_that_it_begins_with(
+    prefixed: Callable[[Tokenizer], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = sentencepiece(prefixed)
+    said = iter(backbone.tokenizer.convert_tokens_to_ids([*"▁in▁all", "</s>"]))
+
+    def logits(cache: Any, tokens: Sequence[int], **_: Any) -> torch.Tensor:
+        backbone.extend(cache, tokens)
+        return torch.nn.functional.one_hot(torch.tensor([next(said)]), VOCABULARY).float()
+
+    monkeypatch.setattr(backbone, "logits", logits)
+    session = Session(backbone, text="There are 12")
+    answer = session.ask("How many?", keep=True)
+    assert answer.text.strip() == "in all"
+    assert session.text == backbone.tokenizer.decode(session.live_tokens)
+    assert session.text.endswith("Answer: in all")

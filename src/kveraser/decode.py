@@ -211,11 +211,20 @@ def stream_text(
     return Decoded(tuple(tokens), answer.text, ended)
 
 
-def text_with_offsets(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+def text_with_offsets(
+    tokenizer: Any, tokens: Sequence[int], before: int | None = None
+) -> tuple[str, list[tuple[int, int]]]:
     """The text of decoded tokens, and the `(start, end)` of each in it, in characters.
 
-    Tokens that only together make a character all span it.
+    Tokens that only together make a character all span it. Behind a token `before`, they keep the space that they begin
+    with; SentencePiece tokenizers drop it from the beginning of a text.
     """
+    if before is not None:
+        lead = tokenizer.decode([before])
+        whole, places = text_with_offsets(tokenizer, [before, *tokens])
+        if whole.startswith(lead):
+            size = len(lead)
+            return whole[size:], [(max(0, start - size), max(0, end - size)) for start, end in places[1:]]
     text: str = tokenizer.decode(tokens)
     finished, size = _finished(tokenizer, tokens, BLOCK_TOKENS)
     if size != len(text):

@@ -117,7 +117,7 @@ class Dialogue(Context):
     def _keep(self, question: str, prompt: Piece, tokens: Sequence[int]) -> None:
         """Make the question and answer just decoded part of the conversation."""
         tokenizer = self.backbone.tokenizer
-        text, offsets = text_with_offsets(tokenizer, tokens)
+        text, offsets = text_with_offsets(tokenizer, tokens, prompt.tokens[-1])
         answer = Piece(text, list(tokens), offsets)
         templated = chat.has_template(tokenizer)
         after = chat.reply_closing(tokenizer) if templated else ""

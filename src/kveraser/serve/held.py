@@ -241,7 +241,7 @@ class HeldSession(Session):
             self._restore(marks)
             self._streaming = False
             return
-        text, offsets = text_with_offsets(self.backbone.tokenizer, tokens)
+        text, offsets = text_with_offsets(self.backbone.tokenizer, tokens, self.transcript.tokens[-1])
         last = self.pending_places(1)
         before = len(self.transcript.tokens)
         if self.cache.length > marks.length + len(tokens):
