@@ -21,7 +21,7 @@ from kveraser.receipt import Audit
 from kveraser.session import Session
 from kveraser.spans import Message, Span
 from tests.sessions import MESSAGES, TEXT, same, state
-from tests.tiny import same_bits, snapshot, tiny_backbone
+from tests.tiny import DEVICE, same_bits, snapshot, tiny_backbone
 
 SPAN = "The captain is Ada."
 INFLUENCE = Probe("Who is the captain?", answer="It is Ada, of course.")
@@ -62,9 +62,11 @@ def by_hand(
     prompt = backbone.tokenize(chat.question_text(backbone.tokenizer, probe.question, session.turn_open))[0]
     answer = backbone.tokenize(probe.answer or "")[0]
     said = [*prompt, *answer[:-1]]
-    places = torch.tensor([[*positions, *range(start, start + len(said))]])
+    places = torch.tensor([[*positions, *range(start, start + len(said))]], device=DEVICE)
     with torch.no_grad():
-        logits = backbone.model(torch.tensor([[*tokens, *said]]), position_ids=places).logits[0, -len(answer) :]
+        logits = backbone.model(torch.tensor([[*tokens, *said]], device=DEVICE), position_ids=places).logits[
+            0, -len(answer) :
+        ]
     return logits.double().log_softmax(-1)
 
 

@@ -18,6 +18,7 @@ from kveraser import bundled
 from kveraser.backbone import DEFAULT_BACKBONE, Backbone
 from kveraser.errors import BackboneError, ContextLengthError, UnsupportedModelError
 from tests.tiny import (
+    DEVICE,
     FAMILIES,
     POSITIONS,
     attach_random_eraser,
@@ -241,7 +242,7 @@ def test_logits_of_the_last_tokens_equal_the_models_own(backbone_of_family: Back
     cache = backbone_of_family.prefill(TOKENS[:20])
     logits = backbone_of_family.logits(cache, TOKENS[20:], keep=5)
     with torch.no_grad():
-        own = backbone_of_family.model(torch.tensor([TOKENS]), use_cache=False).logits[0, -5:]
+        own = backbone_of_family.model(torch.tensor([TOKENS], device=DEVICE), use_cache=False).logits[0, -5:]
     assert logits.shape == own.shape and distance([logits], [own]) < TOLERANCE < float(own.std())
     assert cache.length == 40 and cache.exact_length == 40
 

@@ -63,7 +63,17 @@ def test_batches_hold_one_shape_and_no_more_than_their_size() -> None:
 
 @pytest.mark.parametrize(
     ("length", "multiple", "kept"),
-    [(3, 16, 3), (9, 16, 8), (15, 16, 12), (31, 16, 24), (47, 32, 32), (70, 16, 64), (100, 16, 96), (100, 1, 100), (100, 24, 96)],
+    [
+        (3, 16, 3),
+        (9, 16, 8),
+        (15, 16, 12),
+        (31, 16, 24),
+        (47, 32, 32),
+        (70, 16, 64),
+        (100, 16, 96),
+        (100, 1, 100),
+        (100, 24, 96),
+    ],
 )
 def test_a_part_is_cut_to_its_multiple_and_loses_no_more_than_a_third(length: int, multiple: int, kept: int) -> None:
     one = case(0, 6 + length, length, length)

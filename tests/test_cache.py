@@ -18,7 +18,7 @@ from kveraser.cache import EditableCache
 from kveraser.cache_layer import GROWTH_MULTIPLE
 from kveraser.errors import CacheError
 from kveraser.scratch_cache import splice
-from tests.tiny import distance, random_tokens, same_bits, snapshot
+from tests.tiny import DEVICE, distance, random_tokens, same_bits, snapshot
 
 LENGTH = 40
 TOKENS = random_tokens(LENGTH)
@@ -152,7 +152,7 @@ def test_scattered_overwrites_keep_the_slots_that_they_write_and_no_others(backb
     assert cache.exact_length == 10
     before = snapshot(cache)
     slots = torch.tensor([12, 19])
-    keys, values = (torch.ones(1, 2, 2, 8) for _ in range(2))
+    keys, values = (torch.ones(1, 2, 2, 8, device=DEVICE) for _ in range(2))
     with cache.edit() as journal:
         cache.write_layer(1, slots, keys, values)
     assert not same_bits(snapshot(cache), before)
@@ -369,7 +369,7 @@ def test_a_splice_continues_as_the_whole_and_carries_gradients(backbone: Backbon
         [(keys.clone().requires_grad_(), values.clone().requires_grad_()) for keys, values in cache.read(start, end)]
         for start, end in ((0, 10), (10, 30), (30, LENGTH))
     ]
-    logits = backbone.model(torch.tensor([QUERY]), past_key_values=splice(*parts)).logits[0]
+    logits = backbone.model(torch.tensor([QUERY], device=DEVICE), past_key_values=splice(*parts)).logits[0]
     assert distance([logits.detach()], [query_logits(backbone, cache.fork())]) < TOLERANCE
     logits.square().mean().backward()
     gradients = [float(tensor.grad.norm()) for part in parts for pair in part for tensor in pair]

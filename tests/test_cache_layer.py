@@ -12,7 +12,7 @@ from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
 from kveraser.cache_layer import GROWTH_MULTIPLE
 from kveraser.errors import CacheError
-from tests.tiny import distance, random_tokens
+from tests.tiny import DEVICE, distance, random_tokens
 
 LENGTH = 40
 TOKENS = random_tokens(LENGTH)
@@ -59,7 +59,7 @@ def test_model_forward_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone
     reference = DynamicCache(config=model.config)
     with torch.no_grad():
         for start, end in ((0, 20), (20, 21), (21, LENGTH)):
-            ids = torch.tensor([TOKENS[start:end]])
+            ids = torch.tensor([TOKENS[start:end]], device=DEVICE)
             got = model(ids, past_key_values=cache).logits
             expected = model(ids, past_key_values=reference).logits
             assert torch.equal(got, expected)
@@ -73,7 +73,7 @@ def test_cached_decoding_equals_uncached(backbone_of_family: Backbone) -> None:
     cache = backbone_of_family.prefill(TOKENS[:20])
     steps = [backbone_of_family.logits(cache, [token])[0] for token in TOKENS[20:]]
     with torch.no_grad():
-        uncached = backbone_of_family.model(torch.tensor([TOKENS]), use_cache=False).logits[0, 20:]
+        uncached = backbone_of_family.model(torch.tensor([TOKENS], device=DEVICE), use_cache=False).logits[0, 20:]
     assert distance([torch.stack(steps)], [uncached]) < TOLERANCE < float(uncached.std())
 
 
@@ -84,7 +84,7 @@ def test_generate_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone, pre
     if prefilled:
         backbone_of_family.extend(cache, TOKENS[:-4])
         with torch.no_grad():
-            model(torch.tensor([TOKENS[:-4]]), past_key_values=reference)
+            model(torch.tensor([TOKENS[:-4]], device=DEVICE), past_key_values=reference)
     settings: dict[str, Any] = {
         "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "output_logits": True,
         "return_dict_in_generate": True,

@@ -13,7 +13,7 @@ from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
 from kveraser.decode import Decoding, end_tokens, generate, greedy, score, stream_text, text_with_offsets
 from kveraser.errors import ContextLengthError, InputError
-from tests.tiny import random_tokens, same_bits, snapshot, tiny_backbone
+from tests.tiny import DEVICE, random_tokens, same_bits, snapshot, tiny_backbone
 
 CONTEXT = random_tokens(40, seed=1)
 PROMPT = random_tokens(6, seed=2)
@@ -121,7 +121,7 @@ def test_sampling_equals_the_processors_of_transformers(backbone: Backbone, sett
     generator = torch.Generator().manual_seed(3)
     processors = transformers_processors(backbone, as_floats)
     for _ in range(10):
-        logits = backbone.model(torch.tensor([[*CONTEXT, *PROMPT, *expected]])).logits[:, -1].float()
+        logits = backbone.model(torch.tensor([[*CONTEXT, *PROMPT, *expected]], device=DEVICE)).logits[:, -1].float()
         scores = processors(torch.tensor([[*PROMPT, *expected]]), logits)
         expected.append(int(torch.multinomial(scores[0].softmax(-1), 1, generator=generator)))
         if expected[-1] in end_tokens(backbone):
@@ -300,7 +300,7 @@ def test_scores_equal_log_softmax_of_an_uncached_pass(backbone_of_family: Backbo
     cache, answer = backbone_of_family.prefill(CONTEXT), random_tokens(5, seed=3)
     before = snapshot(cache)
     scores = score(backbone_of_family, cache, PROMPT, answer)
-    logits = backbone_of_family.model(torch.tensor([[*CONTEXT, *PROMPT, *answer]])).logits[0].float()
+    logits = backbone_of_family.model(torch.tensor([[*CONTEXT, *PROMPT, *answer]], device=DEVICE)).logits[0].float()
     start = len(CONTEXT) + len(PROMPT)
     expected = logits[start - 1 : start + 4].log_softmax(-1)
     assert scores.shape == expected.shape == (5, logits.shape[-1])
@@ -316,8 +316,12 @@ def test_scores_start_at_the_caches_own_next_position(backbone: Backbone) -> Non
         cache.set_next_position(200)
     there = score(backbone, cache, PROMPT, [7, 8])
     assert cache.next_position == 200
-    positions = torch.tensor([[*range(len(CONTEXT)), *range(200, 200 + len(PROMPT) + 1)]])
-    logits = backbone.model(torch.tensor([[*CONTEXT, *PROMPT, 7]]), position_ids=positions).logits[0, -2:].float()
+    positions = torch.tensor([[*range(len(CONTEXT)), *range(200, 200 + len(PROMPT) + 1)]], device=DEVICE)
+    logits = (
+        backbone.model(torch.tensor([[*CONTEXT, *PROMPT, 7]], device=DEVICE), position_ids=positions)
+        .logits[0, -2:]
+        .float()
+    )
     torch.testing.assert_close(there, logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
     assert float((here - there).abs().max()) > 0.01
 

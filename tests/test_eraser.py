@@ -19,7 +19,7 @@ from kveraser.eraser import LAYOUTS, PAPER_MODULES, SLOT_EMBEDDINGS, Eraser, Era
 from kveraser.errors import EraserError
 from kveraser.methods import make_method
 from kveraser.spans import Span
-from tests.tiny import attach_random_eraser, distance, random_tokens, tiny_backbone, tiny_model
+from tests.tiny import DEVICE, attach_random_eraser, distance, random_tokens, tiny_backbone, tiny_model
 
 TOKENS = random_tokens(40)
 SPAN = Span(12, 20)
@@ -90,7 +90,7 @@ def test_any_plain_lora_of_peft_loads(tmp_path: Path, options: dict[str, Any]) -
     own = {name: value for name, value in model.state_dict().items() if "lora_" in name}
     assert len(own) == len(eraser.parameters()) > 0
     with backbone.erasing(), torch.no_grad():
-        assert distance([plain(backbone)], [model(torch.tensor([TOKENS])).logits[0]]) < 1e-4
+        assert distance([plain(backbone)], [model(torch.tensor([TOKENS], device=DEVICE)).logits[0]]) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2"])
@@ -182,7 +182,7 @@ def test_peft_reads_what_the_eraser_writes(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(tiny_model(), str(tmp_path)).eval()
     with backbone.erasing(), torch.no_grad():
         adapted = plain(backbone)
-        assert distance([adapted], [model(torch.tensor([TOKENS])).logits[0]]) < 1e-4
+        assert distance([adapted], [model(torch.tensor([TOKENS], device=DEVICE)).logits[0]]) < 1e-4
     assert distance([adapted], [plain(backbone)]) > 1e-2
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS, SETTINGS]
 

@@ -28,6 +28,7 @@ from tests.test_methods import (
     values,
 )
 from tests.tiny import (
+    DEVICE,
     ROTARY_FAMILIES,
     attach_random_eraser,
     distance,
@@ -77,7 +78,7 @@ def test_compact_states_are_those_of_tokens_behind_the_span(family: str) -> None
     words, backbone = random_tokens(SLOTS, 5), trained(COMPACT, family, scale=0)
     with torch.no_grad():
         extras = backbone.require_eraser().extras[SLOT_EMBEDDINGS]
-        extras.copy_(backbone.model.get_input_embeddings()(torch.tensor(words)))
+        extras.copy_(backbone.model.get_input_embeddings()(torch.tensor(words, device=DEVICE)))
     erased, _ = erase(backbone, "kveraser")
     inside = erased.cache.positions[MIDDLE.start : MIDDLE.start + SLOTS]
     whole = backbone.new_cache()

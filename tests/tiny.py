@@ -35,6 +35,9 @@ SHARED = {
     "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+DEVICE = os.environ.get("KVERASER_TEST_DEVICE", "cpu")
+"""Where tiny models lie."""
+
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -53,7 +56,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
     """A random model of `family` (a `model_type` of transformers), with its biases and norms away from their start.
 
     Weights are large, so that tokens change one another's states a lot and a tolerance of 1e-4 on logits means much.
-    It lies on the device that the environment variable KVERASER_TEST_DEVICE names, by default the CPU.
+    It lies on `DEVICE`.
     """
     config = AutoConfig.for_model(family, **{**SHARED, **FAMILY_SETTINGS.get(family, {}), **overrides})
     with torch.random.fork_rng(devices=[]):
@@ -63,7 +66,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter += 0.2 * torch.randn_like(parameter)
-    return model.to(os.environ.get("KVERASER_TEST_DEVICE", "cpu")).eval()
+    return model.to(DEVICE).eval()
 
 
 def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
