@@ -284,7 +284,7 @@ def test_a_filler_without_tokens_is_refused_and_changes_nothing(
 ) -> None:
     cache = backbone.prefill(TOKENS)
     before = snapshot(cache)
-    monkeypatch.setattr(backbone.tokenizer, "encode", lambda *arguments, **named: [])
+    monkeypatch.setattr(backbone, "tokenize", lambda *arguments, **named: ([], []))
     with pytest.raises(MethodError, match="has no tokens"):
         erase(backbone, "blank('x')", cache=cache)
     assert same_bits(snapshot(cache), before)

@@ -73,6 +73,20 @@ def test_questions_and_served_text_go_on_without_a_space(prefixed: Callable[[Tok
 
 
 @pytest.mark.parametrize("prefixed", [llama_2, always, first])
+def test_a_filler_is_read_without_a_space(prefixed: Callable[[Tokenizer], None]) -> None:
+    backbone = sentencepiece(prefixed)
+    session = Session(backbone, text="There are 1234 crates")
+    ((start, end),) = session.erase("1234", method="blank('ab')").spans
+    tokens = session.transcript.tokens
+    filler = backbone.tokenizer.convert_tokens_to_ids(["a", "b"])
+    fresh = backbone.prefill([*tokens[:start], *filler, *filler])
+    assert end - start == 4
+    for mine, its in zip(session.cache.read(start, end), fresh.read(start, end), strict=True):
+        for one, other in zip(mine, its, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefixed", [llama_2, always, first])
 def test_text_behind_a_marker_is_read_as_when_rendered_whole(prefixed: Callable[[Tokenizer], None]) -> None:
     tokenizer = sentencepiece(prefixed).tokenizer
     whole, _ = encode(tokenizer, "abc</s>def")

@@ -363,7 +363,7 @@ class Backbone:
                 f"{self.name} runs with attention '{implementation}', which takes no mask of its own: "
                 "load it with attn_implementation='sdpa'"
             )
-        return (visible[None] if visible.dim() == 2 else visible)[:, None].to(self.device)
+        return visible.reshape(-1, 1, *visible.shape[-2:]).to(self.device)
 
 
 def encode(
@@ -430,28 +430,33 @@ def _unprefixed(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _covering(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The offsets widened over what tokenizers leave between them.
+    """The offsets, widened so that together they cover all of `text`.
 
-    Accents that were composed with the letter before them belong to its tokens, spaces that were trimmed off to the
-    token behind them.
+    Tokenizers leave gaps. Accents at the beginning of a gap go to the tokens in front of it: their letter was composed
+    with them. The rest of a gap, such as trimmed spaces, goes to the token behind it, or to the last token.
     """
     covering: list[tuple[int, int]] = []
     reached = 0
-    for start, end in [*offsets, (len(text), len(text))]:
+
+    def widen(end: int) -> None:
+        """Let the tokens that end where the gap begins end at `end`."""
+        for place in reversed(range(len(covering))):
+            if covering[place][1] != reached:
+                return
+            covering[place] = covering[place][0], end
+
+    for start, end in offsets:
         if start > reached:
             accented = reached
-            while accented < start and unicodedata.combining(text[accented]):
+            while covering and accented < start and unicodedata.combining(text[accented]):
                 accented += 1
-            if len(covering) == len(offsets):
-                accented = start
-            place = len(covering) - 1
-            while accented > reached and place >= 0 and covering[place][1] == reached:
-                covering[place] = covering[place][0], accented
-                place -= 1
-            start = accented if place < len(covering) - 1 else reached
+            widen(accented)
+            start = reached = accented
         covering.append((start, end))
         reached = max(reached, end)
-    return covering[: len(offsets)]
+    if reached < len(text):
+        widen(len(text))
+    return covering
 
 
 def check_cached_equals_uncached(model: Any, layers: int, name: str) -> None:

@@ -45,10 +45,9 @@ def pack(pairs: Sequence[Pair], context: int, position: int, shared: bool = Fals
         shared: lay what pairs begin alike with once: they are branches of it.
     """
     tokens: list[int] = []
-    parents: list[int] = []
     positions: list[int] = []
     kept: list[int] = []
-    owners_of: list[int] = []
+    paths: list[torch.Tensor] = []
     places: dict[tuple[int, int], int] = {}
     for pair, (prompt, answer) in enumerate(pairs):
         parent = ROOT if shared else ROOT - pair
@@ -57,21 +56,14 @@ def pack(pairs: Sequence[Pair], context: int, position: int, shared: bool = Fals
             if not shared or (parent, token) not in places:
                 places[parent, token] = len(tokens)
                 tokens.append(token)
-                parents.append(parent)
-                owners_of.append(pair)
                 positions.append(position + len(path))
             parent = places[parent, token]
             path.append(parent)
         kept += path[len(prompt) - 1 :]
-    if shared:
-        own = torch.eye(len(tokens), dtype=torch.bool)
-        for place, parent in enumerate(parents):
-            if parent >= 0:
-                own[place] |= own[parent]
-    else:
-        # The same without a step a token, which training would pay for every case.
-        owners = torch.tensor(owners_of)
-        own = (owners[:, None] == owners).tril()
+        paths.append(torch.tensor(path))
+    own = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for seen in paths:
+        own[seen[:, None], seen] = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
     visible = torch.cat([torch.ones(len(tokens), context, dtype=torch.bool), own], dim=1)
     return Packed(tokens, torch.tensor(positions, dtype=torch.float64), visible, torch.tensor(kept))
 

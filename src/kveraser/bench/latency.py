@@ -146,11 +146,11 @@ def run(
     if len(set(lengths)) < len(lengths):
         raise InputError(f"the lengths are {', '.join(map(str, lengths))}: give each once")
     progress = progress or (lambda _: None)
-    question = tuple(backbone.tokenizer.encode(QUESTION, add_special_tokens=False))
+    question = tuple(backbone.tokenize(QUESTION, follows=True)[0])
     asked = len(question) + ANSWER_TOKENS
     room = NOTICE_TOKENS + asked
     measured, failures, tasks = Measured(), list[Exception](), list[tuple[PeerTask, bool]]()
-    filler = backbone.tokenizer.encode(FILLER, add_special_tokens=False)
+    filler, _ = backbone.tokenize(FILLER, follows=True)
     for length in lengths:
         start = int(length * depth)
         if span < 1 or start + span >= length:

@@ -33,7 +33,7 @@ class Blank(Method):
         return True
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        filler = backbone.tokenizer.encode(self.filler, add_special_tokens=False)
+        filler, _ = backbone.tokenize(self.filler, follows=True)
         if not filler:
             raise MethodError(f"the filler {self.filler!r} has no tokens: give some neutral text, such as a line break")
         positions = cache.positions[span.start : span.end]

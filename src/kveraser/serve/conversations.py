@@ -268,10 +268,10 @@ class Conversations:
                 plan = Plan(entry, revision, found, kept, (), kept)
             else:
                 plan = Plan(entry, revision, found, found.kept, found.removed, found.held)
-            behind = measured.live[plan.held :]
-            plan = replace(plan, again=run_again(behind, wanted[plan.kept :], LEAST_KEPT))
             worth = plan.kept * COPIED_PER_KEPT >= len(measured.live) if plan.branches else plan.kept > 0
             if worth and plan.kept >= min(LEAST_KEPT, len(wanted) // 2):
+                again = run_again(measured.live[plan.held :], wanted[plan.kept :], LEAST_KEPT)
+                plan = replace(plan, again=again)
                 plans.append((plan.kept - self.span_tokens * len(plan.removed), entry.used, plan))
         return [plan for *_, plan in sorted(plans, key=lambda ranked: ranked[:2], reverse=True)]
 

@@ -54,9 +54,9 @@ class Happened:
     """What a request did to the cache that answered it.
 
     Attributes:
-        action: `prefill`: nothing was cached; `append`: what was cached is used, and text added; `erase`: spans were
-            erased from what was cached; `recompute`: from the first difference on everything was run, cached tokens
-            again; `prefix`: what both begin with was used, and nothing behind it had been cached.
+        action: `prefill`: nothing cached was used; `append`: what was cached is used, and text added; `erase`: spans
+            were erased from what was cached; `recompute`: everything from the first difference on was run, though some
+            of it had been cached; `prefix`: what both begin with was used, and nothing behind it had been cached.
         context: id of the cached context.
         erased_tokens: tokens erased from the cache for this request.
         recomputed_tokens: tokens that the cache had held and that were run again, by the method or from the first
@@ -66,7 +66,7 @@ class Happened:
         receipts: of this request's erases.
         applied_edits: of the request's context management, as Anthropic reports them.
         exact_pending: whether an exact cache is being made in idle time.
-        warnings: what of the request had no effect, or another than its text says.
+        warnings: what of the request had no effect, and special tokens in messages that act as control tokens.
     """
 
     action: Action

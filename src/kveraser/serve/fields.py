@@ -239,7 +239,7 @@ class Happening(Reply):
     """What the request did to the cache that answered it."""
 
     action: Literal["prefill", "append", "erase", "recompute", "prefix"] = Field(
-        description="`prefill`: nothing was cached; `append`: text was added; `erase`: spans went from the cache; "
+        description="`prefill`: nothing cached was used; `append`: text was added; `erase`: spans went from the cache; "
         "`recompute`: run again from the first difference on; `prefix`: the same beginning was used, the rest is new."
     )
     context: str = Field(description="Id of the cached context.")
@@ -251,7 +251,8 @@ class Happening(Reply):
     applied_edits: list[dict[str, Any]] = Field(description="Of this request's context management.")
     exact_pending: bool = Field(description="An exact cache is being made in idle time.")
     warnings: list[str] = Field(
-        default_factory=list, description="What of the request had no effect, or another than its text says."
+        default_factory=list,
+        description="What of the request had no effect, and special tokens in messages that act as control tokens.",
     )
 
 

@@ -108,10 +108,10 @@ def run_again(cached: Tokens, request: Tokens, least: int) -> int:
     """How many tokens of `request` lie in runs of `least` or more that `cached` has as well, wherever they stand."""
     if min(len(cached), len(request)) < least:
         return 0
-    runs = [np.lib.stride_tricks.sliding_window_view(tokens, least) for tokens in (cached, request)]
-    known = {run.tobytes() for run in runs[0]}
-    starts = np.array([run.tobytes() in known for run in runs[1]])
-    inside = np.convolve(starts, np.ones(least, dtype=np.int64)) > 0
+    # Runs are compared by a hash of 64 bits, which overflows as it should: lists of runs would take too long.
+    factors = np.random.default_rng(0).integers(1, 2**63, least, dtype=np.uint64) | np.uint64(1)
+    ours, theirs = (np.convolve(tokens.astype(np.uint64), factors, "valid") for tokens in (request, cached))
+    inside = np.convolve(np.isin(ours, theirs), np.ones(least, dtype=np.int64)) > 0
     return min(int(inside.sum()), len(cached))
 
 

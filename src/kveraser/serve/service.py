@@ -138,7 +138,8 @@ class Service:
         """
         with self._serving():
             reading = await self._in_thread(lambda: self._read(turn))
-            warnings = (*turn.warnings, *control_warnings(self.tokenizer, turn.messages or ()))
+            forged = await self._in_thread(lambda: control_warnings(self.tokenizer, turn.messages or ()))
+            warnings = (*turn.warnings, *forged)
             answer = self.conversations.answer(_owner(key), reading, self._capped(turn.sampling), turn.erasing)
             async with aclosing(answer) as events:
                 async for event in events:
