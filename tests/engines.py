@@ -8,31 +8,32 @@ from typing import Any
 from kveraser.backbone import Backbone
 from kveraser.decode import greedy
 from kveraser.serve.embedded import TransformersEngine
-from kveraser.serve.engine import Rendered, Sampling, Step, TokenLogprob
+from kveraser.serve.engine import Sampling, Step, TokenLogprob
 from kveraser.serve.held import HeldSession
 from kveraser.spans import Span
+from kveraser.tokenized import TokenizedText
 from tests.sessions import consistent
 from tests.tiny import random_tokens
 
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
 
-def text_of(backbone: Backbone, text: str) -> Rendered:
+def text_of(backbone: Backbone, text: str) -> TokenizedText:
     tokens, offsets = backbone.tokenize(text)
-    return Rendered(text, tuple(tokens), tuple(offsets))
+    return TokenizedText(text, tuple(tokens), tuple(offsets))
 
 
-def words(count: int, seed: int = 0) -> Rendered:
+def words(count: int, seed: int = 0) -> TokenizedText:
     """Random tokens."""
     return of(random_tokens(count, seed))
 
 
-def of(tokens: Sequence[int]) -> Rendered:
+def of(tokens: Sequence[int]) -> TokenizedText:
     """Tokens, a character each as far as offsets go."""
-    return Rendered("x" * len(tokens), tuple(tokens), tuple((place, place + 1) for place in range(len(tokens))))
+    return TokenizedText("x" * len(tokens), tuple(tokens), tuple((place, place + 1) for place in range(len(tokens))))
 
 
-def first(count: int) -> Rendered:
+def first(count: int) -> TokenizedText:
     """What `words(60)` begins with."""
     return of(words(60).tokens[:count])
 
@@ -48,7 +49,7 @@ def finished(held: HeldSession) -> bool:
     return whole and len(pending) == 1
 
 
-def read(engine: TransformersEngine, text: Rendered) -> HeldSession:
+def read(engine: TransformersEngine, text: TokenizedText) -> HeldSession:
     """A context of `text`, ready for an answer."""
     held = engine.hold(text)
     while engine.prefill(held, 7):

@@ -140,6 +140,7 @@ class FakeService(Service):
         text: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         ttl: float | None = None,
+        allow_special: bool = False,
     ) -> SessionView:
         self._fail(None)
         self.asked.append(("create", key, messages, text, tuple(tools), ttl))
@@ -227,6 +228,7 @@ class FakeService(Service):
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         text: str | None = None,
+        allow_special: bool = False,
     ) -> SessionView:
         self.asked.append(("append", key, id, messages, text))
         return self._changed(key, id, tokens=self._session(key, id).tokens + 5)

@@ -18,6 +18,7 @@ from kveraser.serve.exchange import Delta, Erasing, Event, Finished, Started, Tu
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.service import Service
+from kveraser.template import ChatOptions
 from tests.tiny import tiny_backbone
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ async def chat(
 ) -> Answered:
     turn = Turn(
         messages=tuple(messages),
-        tools=tuple(tools),
+        options=ChatOptions(tuple(tools)),
         sampling=replace(sampling, logprobs=0),
         erasing=Erasing(**erasing),
         context_management=tuple(edits),

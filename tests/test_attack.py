@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kveraser.backbone import Backbone, encode
+from kveraser.backbone import Backbone
 from kveraser.bench.attack import attack
 from kveraser.bench.case import Attack
 from kveraser.cache import EditableCache
@@ -15,6 +15,7 @@ from kveraser.decode import score
 from kveraser.errors import InputError
 from kveraser.methods import make_method
 from kveraser.spans import Span
+from kveraser.tokenized import encode
 from tests.tiny import random_tokens, same_bits, snapshot
 
 ATTACK = Attack(

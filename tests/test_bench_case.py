@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kveraser import chat
-from kveraser.backbone import Backbone, encode
+from kveraser.backbone import Backbone
 from kveraser.bench.case import (
     Attack,
     BenchCase,
@@ -22,6 +22,7 @@ from kveraser.bench.case import (
 from kveraser.errors import InputError
 from kveraser.session import Session
 from kveraser.spans import Characters, Message, Pattern, Selector, Text, ToolCall
+from kveraser.tokenized import encode
 from kveraser.training.cases import CONTINUED_TOKENS, Case, Query, tokenize
 from tests.bench_cases import CONTEXT, QUERIES, SPAN, bench_case
 from tests.sessions import MESSAGES, TEXT

@@ -41,7 +41,7 @@ def contents(text: str, ranges: list[MessageRange]) -> list[str]:
 
 
 def read(template: str, messages: list[Any], tools: Any = None) -> tuple[list[str | None], list[str]]:
-    text, ranges = chat.render_with_ranges(tokenizer_with(template), messages, tools)
+    text, ranges = chat.render_with_ranges(tokenizer_with(template), messages, chat.ChatOptions(tools or ()))
     return turns(text, ranges), contents(text, ranges)
 
 
@@ -151,7 +151,7 @@ def test_tool_results_that_share_a_turn_are_told_apart() -> None:
     assert found[2:4] == ["\n<result>\nIn Rome.\n</result>", "\n<result>\nIn Oslo.\n</result>"]
     assert words[2:4] == ["In Rome.", "In Oslo."]
     assert found[4] == "<|im_start|>assistant\n<think>\n\n</think>\n\nassistant<|im_end|>\n"
-    _, ranges = chat.render_with_ranges(tokenizer_with(THINKING), [ASKED, CALLING, FOUND, ALSO, SAID], TOOLS)
+    _, ranges = chat.render_with_ranges(tokenizer_with(THINKING), [ASKED, CALLING, FOUND, ALSO, SAID])
     assert [place.tool_call_id for place in ranges] == [None, None, "call_1", "call_2", None]
 
 
@@ -161,8 +161,12 @@ def test_a_template_whose_beginning_depends_on_the_rest_gives_the_first_message_
     assert words == ["user?", "assistant ", "s"]
 
 
-def test_a_message_that_is_not_shown_has_neither_turn_nor_content() -> None:
-    assert read(LAST_ONLY, [ASKED, SAID, AGAIN]) == ([None, None, None], ["", "", "s"])
+def test_a_message_that_is_not_shown_is_refused() -> None:
+    with pytest.raises(InputError, match=r"leaves out the content of message 0 \(user\)"):
+        read(LAST_ONLY, [ASKED, SAID, AGAIN])
+    # As Mistral's: the system prompt stands in the last turn, if that is the user's.
+    with pytest.raises(InputError, match=r"leaves out the content of message 0 \(system\).*end with a user's"):
+        read(INSTRUCTING, [SYSTEM, ASKED, SAID])
 
 
 def test_a_content_that_is_shown_in_other_words_has_no_place() -> None:
@@ -200,9 +204,9 @@ def test_a_template_that_knows_tool_calls_gets_their_arguments_parsed(arguments:
 
 
 def test_absent_and_empty_fields_of_client_libraries_are_left_out() -> None:
-    template = "{% for message in messages %}{{ message.keys() | list | join(',') }};{% endfor %}{# tool_calls #}"
+    template = "{% for message in messages %}{{ message.keys() | list | join(',') }}={{ message.content }};{% endfor %}"
     messages = [{**ASKED, "tool_calls": None, "name": None}, {**SAID, "tool_calls": []}]
-    assert chat.render(tokenizer_with(template), messages) == "role,content;role,content;"
+    assert chat.render(tokenizer_with(template), messages) == "role,content=user?;role,content=assistant ;"
 
 
 def test_text_parts_are_joined() -> None:

@@ -12,11 +12,12 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from kveraser import cli
-from kveraser.backbone import Backbone, encode
+from kveraser.backbone import Backbone
 from kveraser.bench.suites.file import read_case_file
 from kveraser.errors import BackboneError, InputError, SpanError
 from kveraser.session import Session
 from kveraser.spans import Message, Text, ToolCall
+from kveraser.tokenized import encode
 from kveraser.training.build import BuildSettings, build_cases
 from kveraser.training.corpus import read_passages
 from kveraser.training.recipe import load_recipe
@@ -79,7 +80,8 @@ def marking_tokenizer() -> Any:
 def test_a_rendered_prompt_gets_no_second_beginning_marker(text: str, leading: int) -> None:
     tokens, offsets = encode(marking_tokenizer(), text, special=True)
     assert tokens[: leading + 1].count(1) == leading and len(tokens) == len(offsets)
-    assert Session(Backbone(tiny_model(), marking_tokenizer()), text=text).live_tokens == tokens
+    session = Session(Backbone(tiny_model(), marking_tokenizer()), text=text, allow_special=True)
+    assert session.live_tokens == tokens
 
 
 # Turns

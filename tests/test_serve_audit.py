@@ -15,6 +15,7 @@ from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.exchange import Finished, Started, Turn
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.service import Service
+from kveraser.template import ChatOptions
 from tests.served import GREEDY, run, said, serving
 from tests.test_serve_exactness import thinking, tool
 
@@ -63,7 +64,7 @@ async def audited(engine: TransformersEngine, service: Service, turn: Turn) -> t
     if started.what.exact:
         held: Any = service.store.entries[started.what.context].held
         live = [token for token, kept in zip(held.transcript.tokens, held.transcript.live, strict=True) if kept]
-        wanted = list(read_messages(engine.tokenizer, turn.messages or (), turn.tools).wanted)
+        wanted = list(read_messages(engine.tokenizer, turn.messages or (), turn.options).wanted)
         assert live[: len(wanted)] == wanted, "the context does not hold what was asked"
         cache = held.cache
         assert len(wanted) - 1 <= cache.length <= len(live)
@@ -97,7 +98,7 @@ async def script(seed: int, engine: TransformersEngine, counts: Counter[str]) ->
                     messages = [*messages, said("assistant", 1, 3), said("user", 2, 4)]
             stop = dice.choice([(), (), ("e",), ("a", " ")])
             sampling = replace(GREEDY, max_tokens=dice.choice([1, 3]), stop=stop)
-            turn = Turn(messages=tuple(messages), tools=tuple(given), sampling=sampling)
+            turn = Turn(messages=tuple(messages), options=ChatOptions(tuple(given)), sampling=sampling)
             try:
                 started, answer = await audited(engine, service, turn)
             except AssertionError as error:

@@ -123,12 +123,12 @@ async def test_messages_reach_the_service_as_templates_take_them() -> None:
     ]
     turn = await turn_of(messages=messages, tools=TOOLS)
     assert turn.messages == (
-        {"role": "system", "content": "Be brief.", "name": "boss"},
+        {"role": "developer", "content": "Be brief.", "name": "boss"},
         {"role": "user", "content": "Where is it?"},
         {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "content": "Rome.", "tool_call_id": "call_1"},
     )
-    assert turn.tools == tuple(TOOLS)
+    assert turn.options.tools == tuple(TOOLS)
     # Dropping a result from the history is what the server is for.
     assert len((await turn_of(messages=messages[:3])).messages or ()) == 3
 

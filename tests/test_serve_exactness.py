@@ -8,6 +8,7 @@ import pytest
 
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.rendering import read_messages
+from kveraser.template import ChatOptions
 from tests.served import (
     Answered,
     chat,
@@ -97,7 +98,7 @@ async def _asked(engine: TransformersEngine, service: Any, messages: list[dict[s
     answered = await chat(service, messages, **asked)
     if answered.started.what.exact:
         tools = asked.get("tools", ())
-        wanted = read_messages(engine.tokenizer, messages, tools).wanted
+        wanted = read_messages(engine.tokenizer, messages, ChatOptions(tools)).wanted
         assert answered.tokens == continued(wanted)
     return answered
 

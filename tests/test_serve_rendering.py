@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from kveraser import chat
-from kveraser.backbone import encode
+from kveraser.chat import conversation, document
 from kveraser.errors import InputError
-from kveraser.serve.rendering import read_messages, read_prompt, session_messages, session_text
+from kveraser.serve.rendering import read_messages, read_prompt
 from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.spans import Transcript
+from kveraser.tokenized import encode
 from tests.sessions import MESSAGES, TEXT
 from tests.templates import TEMPLATES, tokenizer_with
 from tests.tiny import tiny_tokenizer
@@ -66,7 +68,11 @@ def test_a_template_without_fixed_turns_has_fewer_borders_and_no_wrong_ones(name
     reading = read_messages(tokenizer, TALK)
     for place in reading.borders(0, len(reading.wanted)):
         begun = tokenizer.decode(list(reading.wanted[:place]))
-        assert any(begun == chat.render(tokenizer, TALK[:count]) for count in range(1, len(TALK) + 1))
+        texts = []
+        for count in range(1, len(TALK) + 1):
+            with suppress(InputError):
+                texts.append(chat.render(tokenizer, TALK[:count]))
+        assert begun in texts
 
 
 def test_a_prompt_is_text_or_tokens() -> None:
@@ -82,12 +88,12 @@ def test_a_prompt_is_text_or_tokens() -> None:
 
 def test_a_session_begins_as_the_library_begins_one() -> None:
     tokenizer = tiny_tokenizer()
-    made = session_messages(tokenizer, MESSAGES)
+    made = conversation(tokenizer, MESSAGES)
     text, ranges = chat.render_with_ranges(tokenizer, MESSAGES)
     assert (made.text, list(made.messages)) == (text, ranges) and made.body_start == ranges[0].start
-    opened = session_text(tokenizer, TEXT)
+    opened = document(tokenizer, TEXT)
     assert opened.text[opened.body_start :] == TEXT and opened.body_start > 0
-    plain = session_text(tiny_tokenizer(chat=False), TEXT)
+    plain = document(tiny_tokenizer(chat=False), TEXT)
     assert (plain.text, plain.body_start) == (TEXT, 0)
 
 

@@ -22,6 +22,7 @@ from kveraser.errors import BackboneError, InputError, SessionError, SessionFile
 from kveraser.methods import METHODS
 from kveraser.session import Session
 from kveraser.spans import Message
+from kveraser.template import ChatOptions
 from tests.sessions import EXACT, MESSAGES, TEXT, far, same, state
 from tests.tiny import attach_random_eraser, same_bits, snapshot, tiny_backbone, tiny_model, tiny_tokenizer
 
@@ -109,7 +110,7 @@ def test_a_conversation_with_tools_comes_back(backbone: Backbone, path: Path) ->
     session = Session(backbone, messages=MESSAGES, tools=tools)
     session.save(path)
     loaded = Session.load(path, backbone)
-    assert loaded.tools == tools and not loaded.turn_open
+    assert list(loaded.options.tools) == tools and not loaded.turn_open
     assert same(saved(loaded), saved(session))
     loaded.append(messages=[{"role": "user", "content": "More."}])
     loaded.erase(Message(3), "recompute")
@@ -319,7 +320,7 @@ def test_a_place_that_can_not_be_written_is_refused(session: Session, tmp_path: 
 
 
 def test_what_json_can_not_hold_is_refused(session: Session, path: Path) -> None:
-    session.tools = [{"type": "function", "function": object()}]
+    session.options = ChatOptions([{"type": "function", "function": object()}])
     with pytest.raises(SessionFileError, match="must be JSON values"):
         session.save(path)
     assert not path.exists()

@@ -11,11 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from kveraser.backbone import Backbone, encode
+from kveraser.backbone import Backbone
+from kveraser.chat import added_text
 from kveraser.probes import default_secrets, mentions
-from kveraser.serve.rendering import added_text
 from kveraser.session import Session
 from kveraser.spans import Text
+from kveraser.tokenized import encode
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 MARKERS = ("<unk>", "<s>", "</s>")

@@ -6,13 +6,11 @@ import hashlib
 import inspect
 import json
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -29,6 +27,7 @@ from kveraser.errors import (
 )
 from kveraser.rope import Rotation, detect, fixed_frequencies_end
 from kveraser.support import check_config, check_model, check_tokenizer, load_error
+from kveraser.tokenized import encode
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
 SHIPPED_ERASER = "shipped"
@@ -364,99 +363,6 @@ class Backbone:
                 "load it with attn_implementation='sdpa'"
             )
         return visible.reshape(-1, 1, *visible.shape[-2:]).to(self.device)
-
-
-def encode(
-    tokenizer: Any, text: str, special: bool = False, follows: bool = False
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of `text` and the `(start, end)` of each in it, in characters; together they cover all of it.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        special: put the tokenizer's own beginning-of-text marker in front, if it uses one. Never an end marker,
-            which would end a text that goes on. A text that begins with the marker gets no second one.
-        follows: the text goes on with another, so it gets no space in front that it does not have.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
-    unprefixed = _without_prefix(tokenizer) if follows else None
-    if unprefixed is not None:
-        # What stands behind a special token is read as in a conversation that is rendered whole.
-        markers = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-        behind = next((place for place, token in enumerate(tokens) if token in markers), len(tokens))
-        cut = offsets[behind][0] if behind < len(tokens) else len(text)
-        head = unprefixed.encode(text[:cut], add_special_tokens=False)
-        tokens, offsets = [*head.ids, *tokens[behind:]], [*head.offsets, *offsets[behind:]]
-    offsets = _covering(text, offsets)
-    if special:
-        whole = list(tokenizer(text)["input_ids"])
-        leads = range(len(whole) - len(tokens) + 1)
-        lead = next((lead for lead in leads if whole[lead : lead + len(tokens)] == tokens), 0)
-        if tokens[:lead] == whole[:lead]:
-            lead = 0
-        tokens, offsets = whole[:lead] + tokens, [(0, 0)] * lead + offsets
-    return tokens, offsets
-
-
-_UNPREFIXED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-
-def _without_prefix(tokenizer: Any) -> Any:
-    """A copy of its `tokenizers.Tokenizer` that puts no space in front of a text; None where it puts none anyway."""
-    if tokenizer not in _UNPREFIXED:
-        backend = tokenizer.backend_tokenizer
-        parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
-        given = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part is not None}
-        changed = {name: _unprefixed(part) for name, part in given.items()}
-        copied = None
-        if changed != given:
-            copied = type(backend).from_str(json.dumps({**json.loads(backend.to_str()), **changed}))
-            copied.no_truncation()
-            copied.no_padding()
-        _UNPREFIXED[tokenizer] = copied
-    return _UNPREFIXED[tokenizer]
-
-
-def _unprefixed(part: dict[str, Any]) -> dict[str, Any]:
-    """A normalizer or pre-tokenizer, as tokenizers write it, without the space that it puts in front of a text."""
-    for inner in ("normalizers", "pretokenizers"):
-        if inner in part:
-            return {**part, inner: [_unprefixed(one) for one in part[inner] if one["type"] != "Prepend"]}
-    if part["type"] == "Prepend":
-        return {"type": "Sequence", "normalizers": []}
-    if part["type"] == "Metaspace":
-        return {**part, "prepend_scheme": "never"}
-    return {**part, "add_prefix_space": False} if part.get("add_prefix_space") else part
-
-
-def _covering(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The offsets, widened so that together they cover all of `text`.
-
-    Tokenizers leave gaps. Accents at the beginning of a gap go to the tokens in front of it: their letter was composed
-    with them. The rest of a gap, such as trimmed spaces, goes to the token behind it, or to the last token.
-    """
-    covering: list[tuple[int, int]] = []
-    reached = 0
-
-    def widen(end: int) -> None:
-        """Let the tokens that end where the gap begins end at `end`."""
-        for place in reversed(range(len(covering))):
-            if covering[place][1] != reached:
-                return
-            covering[place] = covering[place][0], end
-
-    for start, end in offsets:
-        if start > reached:
-            accented = reached
-            while covering and accented < start and unicodedata.combining(text[accented]):
-                accented += 1
-            widen(accented)
-            start = reached = accented
-        covering.append((start, end))
-        reached = max(reached, end)
-    if reached < len(text):
-        widen(len(text))
-    return covering
 
 
 def check_cached_equals_uncached(model: Any, layers: int, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,9 @@ from kveraser.backbone import DEFAULT_BACKBONE, SHIPPED_ERASER, Backbone, Progre
 from kveraser.cache import EditableCache, Journal
 from kveraser.errors import InputError, SessionError
 from kveraser.receipt import Receipt
-from kveraser.spans import Erasable, MessageRange, Span, Transcript, resolve
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text with its tokens and their offsets in it."""
-
-    text: str
-    tokens: list[int]
-    offsets: list[tuple[int, int]]
+from kveraser.spans import Erasable, Span, Transcript, resolve
+from kveraser.template import DEFAULT_OPTIONS, ChatOptions, notices, special_notices
+from kveraser.tokenized import TokenizedText
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,10 @@ class Context:
         backbone: a loaded backbone, or what `Backbone.load` takes.
         text: a document; with a chat model it opens the first user turn, and questions continue that turn.
         messages: a conversation in the OpenAI format, rendered by the model's own chat template.
-        tools: tool descriptions for the template.
+        tools: tool descriptions for the template; only with messages.
+        chat_template_kwargs: further variables of the chat template, such as `{"enable_thinking": False}`.
+        allow_special: special tokens in the text, messages and questions act as control tokens. False: they are read
+            as text.
         eraser: PEFT LoRA folder or hub id, loaded into the backbone. Default: for a backbone given by name the eraser
             that ships for it, if there is one; a ready one stays as it is. None: none.
         device, dtype: see `Backbone.load`; only with a backbone given by name.
@@ -67,6 +64,8 @@ class Context:
         text: str | None = None,
         messages: Sequence[chat.ChatMessage] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special: bool = False,
         eraser: str | Path | None = SHIPPED_ERASER,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -74,8 +73,8 @@ class Context:
     ) -> None:
         if (text is None) == (messages is None):
             raise InputError("give a session either text or messages")
-        if text is not None and (not isinstance(text, str) or not text.strip()):
-            raise InputError(f"the text is empty or no text ({text!r}): give the context to read")
+        if text is not None and tools:
+            raise InputError("tools are described in a conversation: give messages instead of a text")
         if isinstance(backbone, Backbone):
             if device is not None or dtype is not None:
                 raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
@@ -84,25 +83,24 @@ class Context:
         else:
             backbone = Backbone.load(backbone, device=device, dtype=dtype, eraser=eraser)
         self.backbone = backbone
-        self.tools = list(tools) if tools else None
+        self.options = ChatOptions(list(tools or ()), dict(chat_template_kwargs or {}), allow_special)
         self.transcript = Transcript()
         self.receipts: list[Receipt] = []
         self.turn_open = text is not None and chat.has_template(backbone.tokenizer)
         self._history: list[Marks] = []
         self._streaming = False
-        ranges: list[MessageRange] = []
+        tokenizer = backbone.tokenizer
         if messages is not None:
-            text, ranges = chat.render_with_ranges(backbone.tokenizer, messages, tools)
-            offset = min((place.start for place in ranges if place.start < place.end), default=0)
+            read = chat.conversation(tokenizer, messages, self.options)
+            self._warn(notices(tokenizer, messages, self.options))
         else:
-            opening = chat.first_turn_frame(backbone.tokenizer).opening if self.turn_open else ""
-            text, offset = opening + (text or ""), len(opening)
-        tokens, offsets = self._tokenize(text, special=not self.turn_open and messages is None)
-        self.cache = backbone.prefill(tokens, progress)
-        self.transcript.append(text, tokens, offsets)
-        self.transcript.messages = ranges
-        self.transcript.body_start = offset
-        self.slots = list(range(len(tokens)))
+            read = chat.document(tokenizer, text or "", self.options)
+            self._warn(special_notices(tokenizer, {"the text": text}, allow_special))
+        self.cache = backbone.prefill(read.tokens, progress)
+        self.transcript.append(read.text, read.tokens, read.offsets)
+        self.transcript.messages = list(read.messages)
+        self.transcript.body_start = read.body_start
+        self.slots = list(range(len(read.tokens)))
 
     @classmethod
     def restore(
@@ -114,14 +112,14 @@ class Context:
         slots: Sequence[int],
         receipts: Sequence[Receipt],
         turn_open: bool,
-        tools: list[Mapping[str, Any]] | None,
+        options: ChatOptions = DEFAULT_OPTIONS,
         history: Sequence[Marks] = (),
     ) -> Self:
         """A session over an existing cache, with nothing prefilled: how forks and files come back."""
         session = object.__new__(cls)
         session.backbone, session.cache, session.transcript = backbone, cache, transcript
         session.slots, session.receipts, session._history = list(slots), list(receipts), list(history)
-        session.turn_open, session.tools = turn_open, tools
+        session.turn_open, session.options = turn_open, options
         session._streaming = False
         return session
 
@@ -167,24 +165,20 @@ class Context:
         self._check_idle()
         if (text is None) == (messages is None):
             raise InputError("append either text or messages")
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"the text is {text!r}: give the context to add")
-        tokenizer = self.backbone.tokenizer
-        ranges: list[MessageRange] = []
+        tokenizer, marks = self.backbone.tokenizer, self._marks()
+        templated = chat.has_template(tokenizer)
         if text is not None:
-            if chat.has_template(tokenizer) and not self.turn_open:
+            if templated and not self.turn_open:
                 raise InputError("this is a conversation: append messages, not text")
-            added = text
+            added = chat.added_text(tokenizer, text, self.options)
+            self._warn(special_notices(tokenizer, {"the text": text}, self.options.allow_special))
         else:
-            if self.turn_open or not chat.has_template(tokenizer):
+            if self.turn_open or not templated:
                 raise InputError("this is a text session: append text, not messages")
-            added, ranges = chat.continuation(tokenizer, messages or ())
-            ranges = [chat.moved(place, len(self.transcript.text)) for place in ranges]
-        if not added:
-            raise InputError("nothing to append: give some text or messages")
-        piece, marks = Piece(added, *self._tokenize(added, follows=True)), self._marks()
-        self.backbone.extend(self.cache, piece.tokens, progress)
-        self._adopt([piece], ranges)
+            added = chat.added_messages(tokenizer, messages or (), self.options)
+            self._warn(notices(tokenizer, messages or (), self.options))
+        self.backbone.extend(self.cache, added.tokens, progress)
+        self._adopt(added)
         self._history.append(marks)
 
     # Going back
@@ -216,22 +210,15 @@ class Context:
         )
         return type(self).restore(
             self.backbone, self.cache.fork(), transcript, slots=self.slots, receipts=self.receipts,
-            turn_open=self.turn_open, tools=self.tools, history=self._history,
+            turn_open=self.turn_open, options=self.options, history=self._history,
         )  # fmt: skip
 
     # Bookkeeping
 
-    def _tokenize(
-        self, text: str, special: bool = False, follows: bool = False
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `Backbone.tokenize`, but text that no tokenizer takes is an `InputError`."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
-            ) from error
-        return self.backbone.tokenize(text, special, follows)
+    @staticmethod
+    def _warn(notices: Sequence[str]) -> None:
+        for notice in notices:
+            warnings.warn(notice, UserWarning, stacklevel=4)
 
     def _marks(self) -> Marks:
         transcript = self.transcript
@@ -253,9 +240,10 @@ class Context:
         if self._streaming:
             raise SessionError("an answer is being streamed: exhaust or close its generator first, or fork before")
 
-    def _adopt(self, pieces: Sequence[Piece], messages: Sequence[MessageRange]) -> None:
+    def _adopt(self, *texts: TokenizedText) -> None:
         """Enter text whose tokens are in the cache into the transcript."""
-        for piece in pieces:
-            self.slots += range(len(self.transcript.tokens), len(self.transcript.tokens) + len(piece.tokens))
-            self.transcript.append(piece.text, piece.tokens, piece.offsets)
-        self.transcript.messages += messages
+        for text in texts:
+            base = len(self.transcript.text)
+            self.slots += range(len(self.transcript.tokens), len(self.transcript.tokens) + len(text.tokens))
+            self.transcript.append(text.text, text.tokens, text.offsets)
+            self.transcript.messages += [chat.moved(message, base) for message in text.messages]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kveraser import chat
-from kveraser.context import Context, Piece
+from kveraser.context import Context
 from kveraser.decode import Decoded, Decoding, stream_text, text_with_offsets
 from kveraser.errors import InputError
 from kveraser.spans import MessageRange
+from kveraser.tokenized import TokenizedText, tokenize
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ class Dialogue(Context):
         self._prompt(question)
         return self._stream(question, keep, settings)
 
-    def _prompt(self, question: str, answer_prefix: str = "") -> Piece:
+    def _prompt(self, question: str, answer_prefix: str = "") -> TokenizedText:
         """The question as it is appended to the cache as it is now."""
-        text = chat.question_text(self.backbone.tokenizer, question, self.turn_open, answer_prefix)
-        prompt = Piece(text, *self._tokenize(text, follows=True))
+        tokenizer = self.backbone.tokenizer
+        text = chat.question_text(tokenizer, question, self.turn_open, answer_prefix, self.options)
+        prompt = tokenize(tokenizer, text, follows=True)
         self.backbone.check_room(self.cache.next_position, len(prompt.tokens))
         return prompt
 
@@ -114,32 +116,33 @@ class Dialogue(Context):
             seconds=time.perf_counter() - started,
         )
 
-    def _keep(self, question: str, prompt: Piece, tokens: Sequence[int]) -> None:
+    def _keep(self, question: str, prompt: TokenizedText, tokens: Sequence[int]) -> None:
         """Make the question and answer just decoded part of the conversation."""
         tokenizer = self.backbone.tokenizer
         text, offsets = text_with_offsets(tokenizer, tokens, prompt.tokens[-1])
-        answer = Piece(text, list(tokens), offsets)
+        answer = TokenizedText(text, tuple(tokens), tuple(offsets))
         templated = chat.has_template(tokenizer)
-        after = chat.reply_closing(tokenizer) if templated else ""
-        ending = Piece(after, *self._tokenize(after, follows=True))
+        ending = tokenize(tokenizer, chat.reply_closing(tokenizer, self.options) if templated else "", follows=True)
         # Decoding leaves its last token out of the cache.
         said = [*prompt.tokens, *answer.tokens, *ending.tokens]
         self.backbone.extend(self.cache, said[self.cache.length - len(self.slots) :])
-        messages = self._exchanged(question, prompt.text, answer.text, after) if templated else []
-        self._adopt([prompt, answer, ending], messages)
+        messages = self._exchanged(question, prompt.text, answer.text, ending.text) if templated else []
+        self._adopt(prompt, answer, ending)
+        self.transcript.messages += messages
         self.turn_open = False
 
     def _exchanged(self, question: str, prompt: str, answer: str, after: str) -> list[MessageRange]:
         """Where a question and its answer stand as messages, once they have been added to the transcript."""
         tokenizer, base = self.backbone.tokenizer, len(self.transcript.text)
-        opening = chat.reply_opening(tokenizer)
+        opening = chat.reply_opening(tokenizer, self.options)
         end = base + len(prompt) - len(opening)
         if self.turn_open:
             # The document and the question share the first turn.
             words = self.transcript.body_start, base + prompt.index(question) + len(question)
-            start = chat.first_turn_start(tokenizer)
+            start = chat.first_turn_start(tokenizer, self.options)
             user = MessageRange("user", *(words if start is None else (start, end)), *words, None, start is not None)
         else:
-            user = chat.moved(chat.continuation(tokenizer, [{"role": "user", "content": question}])[1][0], base)
+            asked = [{"role": "user", "content": question}]
+            user = chat.moved(chat.continuation(tokenizer, asked, options=self.options)[1][0], base)
         said = base + len(prompt), base + len(prompt) + len(answer)
         return [user, MessageRange("assistant", end, said[1] + len(after), *said)]

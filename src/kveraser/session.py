@@ -31,6 +31,7 @@ from kveraser.methods import METHODS, NOT_LIVE, Method, default_method, make_met
 from kveraser.probes import Probe, default_probes, default_secrets
 from kveraser.receipt import Audit, Receipt
 from kveraser.spans import Erasable, Span, resolve
+from kveraser.tokenized import tokenize
 
 AUTO_PROBE_BUDGET = 0.02
 """Default KL budget of method="auto", nats per answer token."""
@@ -256,13 +257,14 @@ class Session(Dialogue):
             before = self.transcript.live_text(min(body, last.spans[0][0]), last.spans[0][0])
             after = self.transcript.live_text(last.spans[-1][1], len(self.transcript.tokens))
             probes = default_probes(before, " ".join(last.text), after)
+        tokenizer = self.backbone.tokenizer
         prepared = [
             PreparedProbe(
                 probe,
-                tuple(self._prompt(probe.question, probe.answer_prefix).tokens),
+                self._prompt(probe.question, probe.answer_prefix).tokens,
                 None
                 if probe.answer is None
-                else tuple(self._tokenize(chat.answer_text(probe.answer, probe.answer_prefix), follows=True)[0]),
+                else tokenize(tokenizer, chat.answer_text(probe.answer, probe.answer_prefix), follows=True).tokens,
             )
             for probe in probes
         ]

@@ -16,6 +16,7 @@ import torch
 
 from kveraser.backbone import SHIPPED_ERASER, Backbone
 from kveraser.cache import EditableCache
+from kveraser.chat import ChatOptions
 from kveraser.errors import InputError, SessionFileError
 from kveraser.receipt import Audit, ProbeResult, Receipt, TokenKL
 from kveraser.session import Session
@@ -50,7 +51,9 @@ def save(session: Session, path: str | Path) -> None:
         "exact_length": cache.exact_length,
         "slots": session.slots,
         "turn_open": session.turn_open,
-        "tools": session.tools,
+        "tools": list(session.options.tools) or None,
+        "chat_template_kwargs": dict(session.options.variables),
+        "allow_special": session.options.allow_special,
         "transcript": asdict(session.transcript),
         "receipts": [receipt.to_json() for receipt in session.receipts],
     }
@@ -128,7 +131,10 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
             slots=document["slots"],
             receipts=[_receipt(receipt) for receipt in document["receipts"]],
             turn_open=document["turn_open"],
-            tools=document["tools"],
+            # Files of earlier versions have no variables, and special tokens acted.
+            options=ChatOptions(
+                document["tools"] or (), document.get("chat_template_kwargs", {}), document.get("allow_special", True)
+            ),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SessionFileError(f"{path} is not a whole session file ({error!r}): save the session again") from error

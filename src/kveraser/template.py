@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from kveraser.errors import InputError
+from kveraser.tokenized import check_characters, escaped, special_tokens
 
 ChatMessage = Mapping[str, Any]
 """`{"role", "content"}`, and for tools `tool_calls` or `tool_call_id`, as the OpenAI chat format has them."""
@@ -15,8 +20,35 @@ ChatMessage = Mapping[str, Any]
 Plain = dict[str, Any]
 """A message as `plain` leaves it."""
 
-PROBE = "\u2063probe\u2063"
-"""A content that no template alters: shows whether it is written at all."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names that templates and clients have for an assistant's reasoning."""
+
+MARK = re.compile("\u2063([0-9]+)\u2063")
+"""What marks the place of every content at once: no template alters it."""
+
+TELLS_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none")
+"""In templates that tell a missing content from an empty one: beside calls they expect a missing one."""
+
+NAMED_MARKERS = 4
+"""Special tokens in messages that are warned of, at most: clients limit the size of headers."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What a conversation is rendered with beside its messages.
+
+    Attributes:
+        tools: tool descriptions.
+        variables: further variables of the chat template, such as `enable_thinking`.
+        allow_special: special tokens in messages and tools act as control tokens; otherwise they are read as text.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    allow_special: bool = False
+
+
+DEFAULT_OPTIONS = ChatOptions()
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -24,48 +56,55 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def mentions(tokenizer: Any, name: str) -> bool:
+    """Whether the chat template names a variable or field."""
+    return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)) is not None
+
+
 def render(
     tokenizer: Any,
     messages: Sequence[ChatMessage],
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: ChatOptions = DEFAULT_OPTIONS,
     generation_prompt: bool = False,
 ) -> str:
-    """The text of `messages` by the tokenizer's template.
+    """The text of `messages` by the tokenizer's template, with special tokens in them escaped (`tokenized.escaped`).
 
     Raises:
-        InputError: a message of the wrong form, no template, or the template refuses the conversation.
+        InputError: a message of the wrong form, no template, or the template refuses the conversation or leaves out
+            a message.
     """
-    return apply(tokenizer, plain(tokenizer, messages), tools, generation_prompt)
+    return apply(tokenizer, plain(tokenizer, messages, options), options, generation_prompt)
 
 
-def apply(
-    tokenizer: Any,
-    messages: Sequence[Plain],
-    tools: Sequence[Mapping[str, Any]] | None,
-    generation_prompt: bool = False,
-) -> str:
+def apply(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, generation_prompt: bool = False) -> str:
     """The text of messages that are plain already.
 
     Raises:
         InputError: the template refuses them.
     """
     try:
-        return _applied(tokenizer, messages, tools, generation_prompt)
+        return _applied(tokenizer, messages, options, generation_prompt)
     except Exception as error:
         # Some templates join arguments to text: those take them as JSON text.
         written = [_with_written_arguments(message) for message in messages]
         with suppress(Exception):
             if written != list(messages):
-                return _applied(tokenizer, written, tools, generation_prompt)
+                return _applied(tokenizer, written, options, generation_prompt)
         raise InputError(f"the backbone's chat template refuses this conversation: {error}") from error
 
 
-def _applied(tokenizer: Any, messages: Sequence[Plain], tools: Any, generation_prompt: bool) -> str:
+def _applied(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, generation_prompt: bool) -> str:
+    given: tuple[Any, Any] = list(options.tools), dict(options.variables)
+    if any(given) and not options.allow_special:
+        given = escaped(given, special_tokens(tokenizer))
+    conversation = list(messages)
+    if TELLS_NONE.search(str(tokenizer.chat_template)):
+        conversation = [
+            {**one, "content": None} if one.get("tool_calls") and not one["content"] else one for one in conversation
+        ]
+    tools, variables = given
     rendered: str = tokenizer.apply_chat_template(
-        list(messages),
-        tools=list(tools) if tools else None,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
+        conversation, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt, **variables
     )
     return rendered
 
@@ -80,38 +119,108 @@ def _with_written_arguments(message: Plain) -> Plain:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def plain(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Plain]:
+# Messages as templates take them
+
+
+def plain(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    options: ChatOptions = DEFAULT_OPTIONS,
+    lead: Sequence[Plain] = (),
+) -> list[Plain]:
     """The messages as templates take them: content a text, tool calls with parsed arguments, nothing empty.
 
+    A legacy `function_call` becomes a tool call, reasoning gets the name that the template has for it, and a
+    developer's message is the system's where the template names no developer. What the template leaves out is written
+    out: the system's message as the user's, a tool's as the user's between `<tool_response>` markers, calls behind the
+    content of their message.
+
+    Args:
+        lead: plain messages in front of these.
+
     Raises:
-        InputError: no template, or a message of the wrong form.
+        InputError: no template, a message of the wrong form, a reserved template variable, or a message whose content
+            the template leaves out all the same.
     """
     if not has_template(tokenizer):
         raise InputError("the backbone's tokenizer has no chat template: pass the context as text instead of messages")
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise InputError(f"messages is {messages!r}: give a list of messages, each with a role and content")
+    reserved = sorted(_reserved(tokenizer) & set(options.variables)) if options.variables else []
+    if reserved:
+        raise InputError(f"{reserved[0]} is no variable that a chat template can be given: leave it out")
     read = [_plain_message(tokenizer, index, message) for index, message in enumerate(messages)]
-    lost = {
-        role for role in ("tool", "developer") if any(one["role"] == role for one in read) and _drops(tokenizer, role)
-    }
-    return [_shown_otherwise(message) if message["role"] in lost else message for message in read]
+    if not options.allow_special:
+        markers = special_tokens(tokenizer)
+        read = [escaped(message, markers) for message in read]
+    lost = _lost(tokenizer, read, options, lead) or []
+    for _ in range(2):
+        if lost:
+            read = [_written_out(one) if index in lost else one for index, one in enumerate(read)]
+            left = _lost(tokenizer, read, options, lead)
+            lost = lost if left is None else left
+    if lost:
+        raise InputError(
+            f"the chat template leaves out the content of message {lost[0]} ({messages[lost[0]]['role']}) in this "
+            "conversation: leave the message out, put its words into another one, or end with a user's message"
+        )
+    return read
 
 
-def _drops(tokenizer: Any, role: str) -> bool:
-    """Whether the template writes nothing of this role's messages, and says nothing about it."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] if role == "tool" else []
-    after = [] if role == "tool" else [{"role": "user", "content": "a"}]
+def _reserved(tokenizer: Any) -> frozenset[str]:
+    """Names that `apply_chat_template` and templates have for other things than variables."""
+    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages", "conversation"}
+
+
+def _lost(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, lead: Sequence[Plain]) -> list[int] | None:
+    """Which messages have a content or a call that the template does not write, by a rendering with all marked.
+
+    None: the template refuses the conversation.
+    """
+    numbers = count()
+    wanted: list[set[str]] = []
+
+    def marked(message: Plain) -> Plain:
+        marks = [str(next(numbers)) for _ in range(1 + len(message.get("tool_calls", ())))]
+        own, *calls = (f"\u2063{number}\u2063" for number in marks)
+        spoken = bool(message["content"].strip())
+        wanted.append(set(marks if spoken else marks[1:]))
+        one = {**message, "content": own if spoken else message["content"]}
+        if calls:
+            one["tool_calls"] = [_renamed(*pair) for pair in zip(message["tool_calls"], calls, strict=True)]
+        return one
+
     try:
-        return PROBE not in _applied(tokenizer, [*talk, {"role": role, "content": PROBE}, *after], None, False)
-    except Exception:
-        return False
+        shown = set(MARK.findall(apply(tokenizer, [*lead, *map(marked, messages)], options)))
+    except InputError:
+        return None
+    return [index for index, marks in enumerate(wanted) if not marks <= shown]
 
 
-def _shown_otherwise(message: Plain) -> Plain:
-    """A developer's message as the system's, a tool's as the user's between `<tool_response>` markers."""
+def _renamed(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
+
+
+def _written_out(message: Plain) -> Plain:
+    """A message in another form, for a template that leaves it out in this one."""
+    content = message["content"]
+    if message.get("tool_calls"):
+        functions = [call.get("function", call) for call in message["tool_calls"]]
+        rest = {name: value for name, value in message.items() if name != "tool_calls"}
+        return {**rest, "content": "\n".join([*([content] if content else []), *map(_call_text, functions)])}
     if message["role"] == "developer":
         return {**message, "role": "system"}
-    return {**message, "role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    if message["role"] == "tool":
+        return {**message, "role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    return {**message, "role": "user"} if message["role"] == "system" else message
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    """A call in the widespread form of Hermes."""
+    call = {"name": function["name"], "arguments": function.get("arguments", {})}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
@@ -124,26 +233,44 @@ def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise InputError(f"message {index} has content {content!r}: give a text")
+    if message.get("function_call") is not None:
+        if calls:
+            raise InputError(f"message {index} has both tool_calls and function_call: give one of them")
+        calls = [{"type": "function", "function": message["function_call"]}]
     if content is None and not calls:
         raise InputError(f"message {index} ({message['role']}) has neither content nor tool_calls")
     # Templates tell an absent field from an empty one; clients that write every field mean absent.
-    cleaned = {name: value for name, value in message.items() if value is not None and name != "tool_calls"}
+    left_out = {"tool_calls", "function_call", *REASONING}
+    cleaned = {name: value for name, value in message.items() if value is not None and name not in left_out}
+    cleaned["role"] = "tool" if message["role"] == "function" else message["role"]
+    if message["role"] == "developer" and not mentions(tokenizer, "developer"):
+        # A template that prints any role would print one that its model has never seen.
+        cleaned["role"] = "system"
     cleaned["content"] = content or ""
+    check_characters(cleaned["content"], f"message {index}")
+    reasoning = next((message[name] for name in REASONING if message.get(name)), None)
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise InputError(f"message {index} has reasoning {reasoning!r}: give a text")
+        check_characters(reasoning, f"the reasoning of message {index}")
+        cleaned |= {name: reasoning for name in reasoning_fields(tokenizer)}
     if not calls:
         return cleaned
     if not isinstance(calls, list):
         raise InputError(f"message {index} has tool_calls {calls!r}: give a list of calls")
     functions = [_function(index, call) for call in calls]
-    if "tool_calls" in str(tokenizer.chat_template):
-        cleaned["tool_calls"] = [
-            {**call, "function": {**call["function"], **function}} if "function" in call else {**call, **function}
-            for call, function in zip(calls, functions, strict=True)
-        ]
-    else:
-        # The template would drop the calls without a word; written out in the widespread form, the model sees them.
-        written = [f"<tool_call>\n{json.dumps(function)}\n</tool_call>" for function in functions]
-        cleaned["content"] = "\n".join([*([cleaned["content"]] if cleaned["content"] else []), *written])
+    cleaned["tool_calls"] = [
+        {**call, "function": {**call["function"], **function}} if "function" in call else {**call, **function}
+        for call, function in zip(calls, functions, strict=True)
+    ]
     return cleaned
+
+
+def reasoning_fields(tokenizer: Any) -> list[str]:
+    """The names that the template has for an assistant's reasoning."""
+    template = str(tokenizer.chat_template)
+    # As fields of a message: `reasoning` alone is also a word of prompts.
+    return [name for name in REASONING if re.search(rf"\.{name}\b|['\"]{name}['\"]", template)]
 
 
 def _function(index: int, call: Any) -> dict[str, Any]:
@@ -157,3 +284,44 @@ def _function(index: int, call: Any) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"message {index} has tool call arguments that are not JSON: {arguments!r}") from error
     return {"name": function["name"], "arguments": arguments}
+
+
+# What has no effect
+
+
+def notices(tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[str]:
+    """What of a conversation the template has no use for, and special tokens in it, in sentences."""
+    said = [
+        f"the chat template has no variable {name}, so it has no effect"
+        for name in options.variables
+        if not mentions(tokenizer, name)
+    ]
+    if options.tools and not mentions(tokenizer, "tools"):
+        said.append("the chat template writes no tools, so the model does not see them: describe them in a message")
+    if not reasoning_fields(tokenizer):
+        index = next((index for index, one in enumerate(messages) if any(one.get(name) for name in REASONING)), None)
+        if index is not None:
+            said.append(f"the chat template writes no reasoning, so the model does not see that of message {index}")
+    texts = {f"message {index}": one for index, one in enumerate(messages)} | {"a tool": options.tools}
+    return said + special_notices(tokenizer, texts, options.allow_special)
+
+
+def special_notices(tokenizer: Any, texts: Mapping[str, Any], allow_special: bool) -> list[str]:
+    """Which special tokens `texts` have, named once each with the key of the first one; at most the first few."""
+    found: dict[str, str] = {}
+    markers = special_tokens(tokenizer)
+    for name, value in texts.items():
+        for text in _texts(value):
+            for marker in markers:
+                if marker in text:
+                    found.setdefault(marker, name)
+    how = "which acts as a control token" if allow_special else "which is read as text and not as a control token"
+    return [f"{name} has {marker}, {how}" for marker, name in list(found.items())[:NAMED_MARKERS]]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _texts(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []

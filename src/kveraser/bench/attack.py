@@ -8,11 +8,12 @@ from itertools import product
 from typing import Any
 
 from kveraser import chat
-from kveraser.backbone import Backbone, encode
+from kveraser.backbone import Backbone
 from kveraser.bench.case import Attack
 from kveraser.cache import EditableCache
 from kveraser.errors import InputError
 from kveraser.packed import score_together
+from kveraser.tokenized import encode
 
 Wording = tuple[int, int, int]
 """Which opening, request and form, by number."""

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kveraser import chat
-from kveraser.backbone import encode
 from kveraser.errors import InputError, SpanError
 from kveraser.spans import Characters, Selector, Span, Transcript, resolve
 from kveraser.training.cases import Case, Query
@@ -156,16 +155,12 @@ def tokenize_context(tokenizer: Any, context: str | Sequence[Mapping[str, Any]])
     if isinstance(context, str):
         if not context.strip():
             raise InputError("the context is empty: give the text to read")
-        templated = chat.has_template(tokenizer)
-        opening = chat.first_turn_frame(tokenizer).opening if templated else ""
-        transcript.append(opening + context, *encode(tokenizer, opening + context, special=not templated))
-        transcript.body_start = len(opening)
-        return TokenizedContext(transcript, templated)
-    text, ranges = chat.render_with_ranges(tokenizer, [dict(message) for message in context])
-    transcript.append(text, *encode(tokenizer, text, special=False))
-    transcript.messages = ranges
-    transcript.body_start = min((place.start for place in ranges if place.start < place.end), default=0)
-    return TokenizedContext(transcript, False)
+        read = chat.document(tokenizer, context)
+    else:
+        read = chat.conversation(tokenizer, [dict(message) for message in context])
+    transcript.append(read.text, read.tokens, read.offsets)
+    transcript.messages, transcript.body_start = list(read.messages), read.body_start
+    return TokenizedContext(transcript, isinstance(context, str) and chat.has_template(tokenizer))
 
 
 def tokenize_case(tokenizer: Any, context: TokenizedContext, case: BenchCase) -> TokenizedCase:

@@ -85,14 +85,14 @@ class Plan:
 
 
 def edited(before: Reading | None, now: Reading) -> bool:
-    """Whether the client took something out of the history, rather than the chat template or a change of tools.
+    """Whether the client took something out of the history, rather than the chat template or a change of its options.
 
     Without messages (a prompt of its own, a context brought back from disk) every change is the client's.
     """
     if before is None or not (before.messages and now.messages) or now.applied or before.applied:
         return True
     same = list(now.messages[: len(before.messages)]) == list(before.messages)
-    return not same and list(now.tools) == list(before.tools)
+    return not same and now.options == before.options
 
 
 class Conversations:

@@ -16,11 +16,12 @@ from kveraser.methods import METHODS, default_method, make_method
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
 from kveraser.serve.batch import can_step_together, step_together
-from kveraser.serve.engine import Held, Rendered, Sampling, Step, Stream, TokenLogprob
+from kveraser.serve.engine import Held, Sampling, Step, Stream, TokenLogprob
 from kveraser.serve.held import ANSWER_ROOM, NOTICE_ROOM, HeldSession
 from kveraser.serve.sampling import Sampler
 from kveraser.session import Session
 from kveraser.spans import Span, Tokens, Transcript
+from kveraser.tokenized import TokenizedText
 
 
 class _Answer:
@@ -108,7 +109,7 @@ class TransformersEngine:
                 found.append(name)
         return list(dict.fromkeys(found))
 
-    def hold(self, text: Rendered) -> HeldSession:
+    def hold(self, text: TokenizedText) -> HeldSession:
         """A new context; nothing is computed.
 
         Raises:
@@ -118,17 +119,17 @@ class TransformersEngine:
         self._check(text)
         held = HeldSession.restore(
             self.backbone, self.backbone.new_cache(len(text.tokens) + ANSWER_ROOM), Transcript(),
-            slots=(), receipts=(), turn_open=text.body_start > 0 and not text.messages, tools=None,
+            slots=(), receipts=(), turn_open=text.body_start > 0 and not text.messages,
         )  # fmt: skip
         held.add(text)
         return held
 
-    def append(self, held: Held, text: Rendered) -> None:
+    def append(self, held: Held, text: TokenizedText) -> None:
         """As `hold` raises; the context is as before then."""
         self._check(text)
         _own(held).add(text)
 
-    def _check(self, text: Rendered) -> None:
+    def _check(self, text: TokenizedText) -> None:
         if not text.tokens:
             raise InputError("the text has no tokens: give some")
         foreign = [token for token in text.tokens if not 0 <= token < self._vocabulary]
@@ -241,7 +242,7 @@ class TransformersEngine:
         read = Session.load(path, self.backbone)
         return HeldSession.restore(
             self.backbone, read.cache, read.transcript, slots=read.slots, receipts=read.receipts,
-            turn_open=read.turn_open, tools=read.tools,
+            turn_open=read.turn_open, options=read.options,
         )  # fmt: skip
 
     def drop(self, held: Held, wipe: bool) -> None:

@@ -13,26 +13,8 @@ from typing import Any, Protocol
 
 from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
-from kveraser.spans import MessageRange, Span, Transcript
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """Text as it enters a context.
-
-    Attributes:
-        text: what the chat template made of messages, or the user's own text.
-        tokens: ids of it.
-        offsets: `(start, end)` of every token in `text`, in characters.
-        messages: where messages stand in `text`.
-        body_start: where the first message's or the user's own words begin in `text`.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    offsets: tuple[tuple[int, int], ...]
-    messages: tuple[MessageRange, ...] = ()
-    body_start: int = 0
+from kveraser.spans import Span, Transcript
+from kveraser.tokenized import TokenizedText
 
 
 @dataclass(frozen=True)
@@ -152,10 +134,10 @@ class Engine(Protocol):
     def methods(self) -> Sequence[str]:
         """Methods that it can erase by; first the one that it takes where no method is named."""
 
-    def hold(self, text: Rendered) -> Held:
+    def hold(self, text: TokenizedText) -> Held:
         """A new context of `text`, all of it pending."""
 
-    def append(self, held: Held, text: Rendered) -> None:
+    def append(self, held: Held, text: TokenizedText) -> None:
         """Add text to the end of a context; it is pending."""
 
     def prefill(self, held: Held, most: int) -> int:

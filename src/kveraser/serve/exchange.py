@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.template import DEFAULT_OPTIONS, ChatOptions
 
 Action = Literal["prefill", "append", "erase", "recompute", "prefix"]
 Caches = Literal["edited", "unerased", "exact"]
@@ -35,14 +36,14 @@ class Turn:
     Attributes:
         messages: a conversation in the OpenAI format.
         prompt: a text, or token ids.
-        tools: tool descriptions for the chat template.
+        options: tools and further variables for the chat template.
         context_management: tool results to clear before the model sees the conversation.
         warnings: what of the request has no effect.
     """
 
     messages: tuple[Mapping[str, Any], ...] | None = None
     prompt: str | tuple[int, ...] | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
+    options: ChatOptions = DEFAULT_OPTIONS
     sampling: Sampling = field(default_factory=Sampling)
     erasing: Erasing = field(default_factory=Erasing)
     context_management: tuple[ToolResultEdit, ...] = ()
@@ -66,7 +67,7 @@ class Happened:
         receipts: of this request's erases.
         applied_edits: of the request's context management, as Anthropic reports them.
         exact_pending: whether an exact cache is being made in idle time.
-        warnings: what of the request had no effect, and special tokens in messages that act as control tokens.
+        warnings: what of the request had no effect, and special tokens in messages.
     """
 
     action: Action

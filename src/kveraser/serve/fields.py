@@ -224,6 +224,9 @@ class KVEraserFields(Request):
     method: MethodName | None = Field(None, description="`recompute` asks for an exact answer; null: the server's own.")
     max_kl: float | None = Field(None, ge=0, description="The cheapest method within this budget, nats per token.")
     now_then_exact: bool = Field(False, description="Answer from the edited cache; an exact one takes its place later.")
+    allow_special: bool = Field(
+        False, description="Special tokens in messages and tools act as control tokens; otherwise they are text."
+    )
 
     @model_validator(mode="after")
     def _budget(self) -> Self:
@@ -252,7 +255,7 @@ class Happening(Reply):
     exact_pending: bool = Field(description="An exact cache is being made in idle time.")
     warnings: list[str] = Field(
         default_factory=list,
-        description="What of the request had no effect, and special tokens in messages that act as control tokens.",
+        description="What of the request had no effect, and special tokens in messages.",
     )
 
 

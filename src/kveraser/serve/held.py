@@ -10,8 +10,8 @@ from kveraser.context import Marks
 from kveraser.decode import text_with_offsets
 from kveraser.errors import InputError, SessionError
 from kveraser.methods import METHODS, NOT_LIVE
-from kveraser.serve.engine import Rendered
 from kveraser.session import Session
+from kveraser.tokenized import TokenizedText
 
 ANSWER_ROOM = 64
 """Slots that a context gets beside those of its text, so that an answer rarely moves anything."""
@@ -66,7 +66,7 @@ class HeldSession(Session):
 
     # Growing
 
-    def add(self, text: Rendered) -> None:
+    def add(self, text: TokenizedText) -> None:
         """Add text to the end, all of it pending.
 
         Raises:
@@ -175,7 +175,7 @@ class HeldSession(Session):
         cache = self.backbone.new_cache(self._held + self.pending + ANSWER_ROOM)
         return type(self).restore(
             self.backbone, cache, transcript, slots=(), receipts=self.receipts,
-            turn_open=self.turn_open, tools=self.tools,
+            turn_open=self.turn_open, options=self.options,
         )  # fmt: skip
 
     # Forgetting for good

@@ -58,11 +58,14 @@ class ToolCall(_Echoed):
 class ChatMessage(_Echoed):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = Field(None, description="Of a tool's message: the call that it answers.")
+    function_call: CalledFunction | None = Field(None, description="Legacy: a call without id.")
+    reasoning_content: str | None = Field(None, description="The assistant's reasoning, where the template writes it.")
+    reasoning: str | None = Field(None, description="The same.")
 
     @field_validator("content", mode="before")
     @classmethod
@@ -76,22 +79,29 @@ class ChatMessage(_Echoed):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.tool_calls and self.function_call:
+            raise ValueError("a message has both tool_calls and function_call: give one of them")
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.function_call)):
             raise ValueError(f"a message of role {self.role} has no content: give a text")
         if self.role == "tool" and not self.tool_call_id:
             raise ValueError("a message of role tool answers a call: give its tool_call_id")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role} has tool_calls: only an assistant's has")
+        for name in ("tool_calls", "function_call", "reasoning_content", "reasoning"):
+            if getattr(self, name) and self.role != "assistant":
+                raise ValueError(f"a message of role {self.role} has {name}: only an assistant's has")
         return self
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates take it."""
         content = self.content if isinstance(self.content, str | None) else "".join(part.text for part in self.content)
-        read: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        read: dict[str, Any] = {"role": self.role, "content": content}
         if self.name is not None:
             read["name"] = self.name
         if self.tool_calls:
             read["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.function_call:
+            read["function_call"] = self.function_call.model_dump()
+        if self.reasoning_content or self.reasoning:
+            read["reasoning_content"] = self.reasoning_content or self.reasoning
         if self.role == "tool":
             read["tool_call_id"] = self.tool_call_id
         return read

@@ -9,17 +9,14 @@ from functools import cached_property, partial
 from typing import Any
 
 from kveraser import chat
-from kveraser.backbone import encode
 from kveraser.decode import text_with_offsets
 from kveraser.errors import InputError
-from kveraser.serve.engine import Rendered
 from kveraser.serve.tool_results import ToolResultEdit, ToolUse, without_inputs, without_result
 from kveraser.spans import MessageRange, Transcript
+from kveraser.template import DEFAULT_OPTIONS, ChatOptions
+from kveraser.tokenized import TokenizedText, check_characters, encode, tokenize, unescaped
 
 Messages = Sequence[Mapping[str, Any]]
-
-NAMED_MARKERS = 4
-"""Special tokens in messages that a reply warns of, at most."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Reading:
     offsets: Sequence[tuple[int, int]]
     stays: Sequence[int]
     messages: Messages = ()
-    tools: Messages = ()
+    options: ChatOptions = DEFAULT_OPTIONS
     applied: tuple[dict[str, Any], ...] = ()
 
     @cached_property
@@ -47,7 +44,7 @@ class Reading:
         """The tokens that the context is to hold."""
         return tuple(self.tokens[place] for place in self.stays)
 
-    def rest(self, kept: int) -> Rendered:
+    def rest(self, kept: int) -> TokenizedText:
         """The wanted tokens from number `kept` on, as text to append or, from 0 on, to begin with."""
         text, offsets = "", list[tuple[int, int]]()
         before = self.stays[kept - 1] if kept else -1
@@ -59,7 +56,7 @@ class Reading:
             offsets.append((max(0, len(text) + len(piece) - (end - start)), len(text) + len(piece)))
             text += piece
             before, reached = place, max(reached, end)
-        return Rendered(text, self.wanted[kept:], tuple(offsets))
+        return TokenizedText(text, self.wanted[kept:], tuple(offsets))
 
     def borders(self, first: int, last: int) -> list[int]:
         """Which of the places `[first, last]` among the wanted tokens are borders of messages.
@@ -75,7 +72,7 @@ class Reading:
         def end(count: int) -> int:
             if count not in ends:
                 try:
-                    ends[count] = chat.render(self.tokenizer, self.messages[:count], self.tools)
+                    ends[count] = unescaped(chat.render(self.tokenizer, self.messages[:count], self.options))
                 except InputError:
                     # A conversation that can't stop here ends where the next message does.
                     return end(count + 1) if count < len(self.messages) else len(self.text)
@@ -93,7 +90,7 @@ class Reading:
 
 
 def read_messages(
-    tokenizer: Any, messages: Messages, tools: Messages = (), edits: Sequence[ToolResultEdit] = ()
+    tokenizer: Any, messages: Messages, options: ChatOptions = DEFAULT_OPTIONS, edits: Sequence[ToolResultEdit] = ()
 ) -> Reading:
     """A conversation with the opening of its reply, and what `edits` leave of it.
 
@@ -108,11 +105,11 @@ def read_messages(
         raise InputError("the conversation is empty: give at least one message")
 
     def rendered(conversation: Messages) -> str:
-        return chat.render(tokenizer, conversation, tools, generation_prompt=True)
+        return chat.render(tokenizer, conversation, options, generation_prompt=True)
 
     text = rendered(messages)
-    tokens, offsets = _encode(tokenizer, text)
-    transcript = Transcript(text, tokens, offsets, [True] * len(tokens))
+    read = tokenize(tokenizer, text)
+    transcript = Transcript(read.text, list(read.tokens), list(read.offsets), [True] * len(read.tokens))
     applied: list[dict[str, Any]] = []
     edited: Messages = messages
     for number, edit in enumerate(edits):
@@ -121,14 +118,14 @@ def read_messages(
         steps = [change for made in changes for change in made]
         for change in steps:
             left = change(left)
-        gaps.extend(_contents_gone(tokenizer, messages, left, tools, text) or ())
+        gaps.extend(_contents_gone(tokenizer, messages, left, options, text) or ())
         if not gaps:
             gaps.extend(_gap(text, rendered(change(messages))) for change in steps)
         places = {
             place for gap in gaps if gap is not None for place in _touched(transcript, gap) if transcript.live[place]
         }
-        anew = None if None not in gaps else read_messages(tokenizer, left, tools, edits[number + 1 :])
-        cleared = len(places) if anew is None else sum(transcript.live) - len(_encode(tokenizer, rendered(left))[0])
+        anew = None if None not in gaps else read_messages(tokenizer, left, options, edits[number + 1 :])
+        cleared = len(places) if anew is None else sum(transcript.live) - len(encode(tokenizer, rendered(left))[0])
         if cleared < max(1, edit.clear_at_least):
             continue
         applied.append(edit.applied(len(changes), cleared))
@@ -138,24 +135,7 @@ def read_messages(
         for place in places:
             transcript.live[place] = False
     stays = [place for place, live in enumerate(transcript.live) if live]
-    return Reading(tokenizer, text, tokens, offsets, stays, messages, tools, tuple(applied))
-
-
-def control_warnings(tokenizer: Any, messages: Messages) -> tuple[str, ...]:
-    """Which special tokens the messages write out in their contents: the model reads them as control tokens.
-
-    Each is named once, and only the first few: clients limit the size of headers.
-    """
-    markers = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found: dict[str, int] = {}
-    for index, message in enumerate(messages):
-        for marker in markers:
-            if marker in (message.get("content") or ""):
-                found.setdefault(marker, index)
-    return tuple(
-        f"the content of message {index} has {marker}, which the model reads as a control token and not as text"
-        for marker, index in list(found.items())[:NAMED_MARKERS]
-    )
+    return Reading(tokenizer, read.text, read.tokens, read.offsets, stays, messages, options, tuple(applied))
 
 
 def read_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> Reading:
@@ -167,65 +147,21 @@ def read_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> Reading:
     if not prompt:
         raise InputError("the prompt is empty: give some text or tokens")
     if isinstance(prompt, str):
-        text, (tokens, offsets) = prompt, _encode(tokenizer, prompt, special=True)
-    else:
-        outside = [token for token in prompt if not 0 <= token < len(tokenizer)]
-        if outside:
-            raise InputError(f"the prompt has token {outside[0]}, but the model's tokens are 0 to {len(tokenizer) - 1}")
-        tokens = list(prompt)
-        text, offsets = text_with_offsets(tokenizer, tokens)
-    return Reading(tokenizer, text, tokens, offsets, range(len(tokens)))
-
-
-def session_messages(tokenizer: Any, messages: Messages, tools: Messages = ()) -> Rendered:
-    """A conversation that a session begins with, and where its messages stand.
-
-    Raises:
-        InputError: see `chat.render_with_ranges`.
-    """
-    text, ranges = chat.render_with_ranges(tokenizer, messages, tools)
-    body = min((place.start for place in ranges if place.start < place.end), default=0)
-    return _rendered(tokenizer, text, tuple(ranges), body)
-
-
-def session_text(tokenizer: Any, text: str) -> Rendered:
-    """A text that a session begins with; with a chat template it stands in the first user turn, which stays open.
-
-    Raises:
-        InputError: empty, or half a character.
-    """
-    if not text.strip():
-        raise InputError(f"the text is empty ({text!r}): give the context to read")
-    templated = chat.has_template(tokenizer)
-    opening = chat.first_turn_frame(tokenizer).opening if templated else ""
-    return _rendered(tokenizer, opening + text, body_start=len(opening), special=not templated)
-
-
-def added_messages(tokenizer: Any, messages: Messages) -> Rendered:
-    """Messages that go on with a conversation.
-
-    Raises:
-        InputError: see `chat.continuation`; also no message.
-    """
-    text, ranges = chat.continuation(tokenizer, messages)
-    if not text:
-        raise InputError("nothing to append: give some messages")
-    return _rendered(tokenizer, text, tuple(ranges), follows=True)
-
-
-def added_text(tokenizer: Any, text: str, messages: Sequence[MessageRange] = ()) -> Rendered:
-    """Text that goes on with a context; `messages` may begin before it, at negative places.
-
-    Raises:
-        InputError: half a character.
-    """
-    return _rendered(tokenizer, text, tuple(messages), follows=True)
+        # Clients of completions write the control tokens themselves.
+        check_characters(prompt, "the prompt")
+        read = tokenize(tokenizer, prompt, special=True)
+        return Reading(tokenizer, read.text, read.tokens, read.offsets, range(len(read.tokens)))
+    outside = [token for token in prompt if not 0 <= token < len(tokenizer)]
+    if outside:
+        raise InputError(f"the prompt has token {outside[0]}, but the model's tokens are 0 to {len(tokenizer) - 1}")
+    text, offsets = text_with_offsets(tokenizer, prompt)
+    return Reading(tokenizer, text, tuple(prompt), offsets, range(len(prompt)))
 
 
 def exchanged(
     tokenizer: Any, question: str, prompt: str, said: int, before: int, body_start: int | None
-) -> tuple[str, list[MessageRange]]:
-    """The text that closes an answer's turn, and where question and answer stand as messages, from its beginning on.
+) -> TokenizedText:
+    """The text that closes an answer's turn; question and answer stand before it as messages, at negative places.
 
     Args:
         prompt: the question as it was added.
@@ -233,7 +169,7 @@ def exchanged(
         before: characters of the context before the question.
         body_start: where the text begins whose open turn the question goes on with; None: it has a turn of its own.
     """
-    closing, opening = chat.reply_closing(tokenizer), chat.reply_opening(tokenizer)
+    opening = chat.reply_opening(tokenizer)
     asked = -said - len(prompt)
     if body_start is None:
         user = chat.moved(chat.continuation(tokenizer, [{"role": "user", "content": question}])[1][0], asked)
@@ -242,31 +178,9 @@ def exchanged(
         start = chat.first_turn_start(tokenizer)
         turn = words if start is None else (start - before + asked, -said - len(opening))
         user = MessageRange("user", *turn, *words, None, start is not None)
-    return closing, [user, MessageRange("assistant", -said - len(opening), len(closing), -said, 0)]
-
-
-def _rendered(
-    tokenizer: Any,
-    text: str,
-    messages: tuple[MessageRange, ...] = (),
-    body_start: int = 0,
-    special: bool = False,
-    follows: bool = False,
-) -> Rendered:
-    tokens, offsets = _encode(tokenizer, text, special, follows)
-    return Rendered(text, tuple(tokens), tuple(offsets), messages, body_start)
-
-
-def _encode(
-    tokenizer: Any, text: str, special: bool = False, follows: bool = False
-) -> tuple[list[int], list[tuple[int, int]]]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
-        ) from error
-    return encode(tokenizer, text, special, follows)
+    closing = chat.reply_closing(tokenizer)
+    answer = MessageRange("assistant", -said - len(opening), len(closing), -said, 0)
+    return tokenize(tokenizer, closing, follows=True, messages=[user, answer])
 
 
 def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Callable[[Messages], Messages]]:
@@ -276,7 +190,7 @@ def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Cal
 
 
 def _contents_gone(
-    tokenizer: Any, messages: Messages, left: Messages, tools: Messages, text: str
+    tokenizer: Any, messages: Messages, left: Messages, options: ChatOptions, text: str
 ) -> list[tuple[int, int]] | None:
     """The gaps that emptied contents leave, found by rendering once for all; None where more than contents changed."""
     pairs = enumerate(zip(messages, left, strict=True))
@@ -285,14 +199,14 @@ def _contents_gone(
     emptied = [{**one, "content": ""} if index in places else one for index, one in enumerate(messages)]
     if not gone or list(left) != emptied:
         return None
-    whole, ranges = chat.render_with_ranges(tokenizer, messages, tools)
+    whole, ranges = chat.render_with_ranges(tokenizer, messages, options)
     gaps = [(ranges[index].content_start, ranges[index].content_end) for index in gone]
     if not text.startswith(whole) or any(start >= end for start, end in gaps):
         return None
     kept, reached = "", 0
     for start, end in gaps:
         kept, reached = kept + text[reached:start], end
-    shorter = chat.render(tokenizer, left, tools, generation_prompt=True)
+    shorter = chat.render(tokenizer, left, options, generation_prompt=True)
     return gaps if kept + text[reached:] == shorter else None
 
 

@@ -10,9 +10,12 @@ from kveraser.serve.exchange import Erasing, Turn
 from kveraser.serve.fields import WHOLE, Hint, Ignored, KVEraserFields, Request, SamplingFields, ignored, only
 from kveraser.serve.messages import Messages, Tool, answered
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.template import ChatOptions
 
 COMPLETION_TOKENS = 16
 """Default length of a completion, as in OpenAI's API; an answer in a chat may fill the context."""
+
+VARIABLE = "A variable of the chat template; where it has none, `kveraser.warnings` says so."
 
 # Context management
 
@@ -157,9 +160,11 @@ class ChatRequest(GenerationRequest):
     prompt_cache_key: Hint = None
     prompt_cache_retention: Hint = None
     safety_identifier: Hint = None
-    reasoning_effort: Ignored = None
-    verbosity: Ignored = None
-    chat_template_kwargs: Ignored = None
+    reasoning_effort: str | None = Field(None, max_length=64, description=VARIABLE)
+    verbosity: str | None = Field(None, max_length=64, description=VARIABLE)
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, max_length=64, description="Further variables of the chat template, such as enable_thinking."
+    )
     reasoning: Ignored = None
     add_generation_prompt: Annotated[Literal[True] | None, only(True, "an answer is always opened")] = None
 
@@ -179,13 +184,23 @@ class ChatRequest(GenerationRequest):
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         return self
 
+    def chat_options(self) -> ChatOptions:
+        """What the conversation is rendered with."""
+        named = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
+        given = {name: value for name, value in named.items() if value is not None}
+        return ChatOptions(
+            tuple(tool.plain() for tool in self.tools or []),
+            given | (self.chat_template_kwargs or {}),
+            self.kveraser is not None and self.kveraser.allow_special,
+        )
+
     def turn(self) -> Turn:
         """The same for the service."""
         edits = self.context_management.edits if self.context_management is not None else []
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return Turn(
             messages=tuple(message.plain() for message in self.messages),
-            tools=tuple(tool.plain() for tool in self.tools or []),
+            options=self.chat_options(),
             sampling=self.sampling(1.0, most, (self.top_logprobs or 0) if self.logprobs else None),
             erasing=self.erasing,
             context_management=tuple(edit.edit() for edit in edits),

@@ -40,18 +40,16 @@ from kveraser.serve.exchange import (
 from kveraser.serve.history import SPAN_TOKENS
 from kveraser.serve.rendering import (
     Reading,
-    control_warnings,
     read_messages,
     read_prompt,
-    session_messages,
-    session_text,
 )
 from kveraser.serve.scheduler import Scheduler
-from kveraser.serve.sessions import Sessions
+from kveraser.serve.sessions import Sessions, check_length
 from kveraser.serve.store import Store
 from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.tools import CallReader, formats_of
 from kveraser.serve.views import method_cards
+from kveraser.template import ChatOptions, notices
 
 SWEEP_SECONDS = 5.0
 
@@ -138,8 +136,8 @@ class Service:
         """
         with self._serving():
             reading = await self._in_thread(lambda: self._read(turn))
-            forged = await self._in_thread(lambda: control_warnings(self.tokenizer, turn.messages or ()))
-            warnings = (*turn.warnings, *forged)
+            noticed = await self._in_thread(lambda: self._notices(turn))
+            warnings = (*turn.warnings, *noticed)
             answer = self.conversations.answer(_owner(key), reading, self._capped(turn.sampling), turn.erasing)
             async with aclosing(answer) as events:
                 async for event in events:
@@ -151,11 +149,15 @@ class Service:
         """No answer is longer than its request says, or than the server's own cap where it says nothing."""
         return replace(sampling, max_tokens=self.answer_tokens) if sampling.max_tokens is None else sampling
 
+    def _notices(self, turn: Turn) -> Sequence[str]:
+        return () if turn.messages is None else notices(self.tokenizer, turn.messages, turn.options)
+
     def _read(self, turn: Turn) -> Reading:
         if (turn.messages is None) == (turn.prompt is None):
             raise InputError("give either messages or a prompt")
         if turn.messages is not None:
-            return read_messages(self.tokenizer, turn.messages, turn.tools, turn.context_management)
+            check_length(self.engine.max_positions, *(str(message.get("content")) for message in turn.messages))
+            return read_messages(self.tokenizer, turn.messages, turn.options, turn.context_management)
         if turn.context_management:
             raise InputError("context_management edits a conversation: give messages instead of a prompt")
         prompt, most = turn.prompt or "", self.engine.max_positions
@@ -171,6 +173,7 @@ class Service:
         text: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         ttl: float | None = None,
+        allow_special: bool = False,
     ) -> SessionView:
         """A new session of messages or a text, prefilled. `ttl` in seconds from its last use; None: the server's."""
         with self._serving():
@@ -178,10 +181,11 @@ class Service:
                 raise InputError("give a session either text or messages")
             if ttl is not None and not ttl > 0:
                 raise InputError(f"ttl is {ttl}: give seconds above 0")
+            options = ChatOptions(tools, allow_special=allow_special)
             if messages is not None:
-                rendered = await self._in_thread(lambda: session_messages(self.tokenizer, messages, tools))
+                rendered = await self._in_thread(lambda: chat.conversation(self.tokenizer, messages, options))
             else:
-                rendered = await self._in_thread(lambda: session_text(self.tokenizer, text or ""))
+                rendered = await self._in_thread(lambda: chat.document(self.tokenizer, text or "", options))
             turn_open = messages is None and rendered.body_start > 0
             return await self.sessions.create(_owner(key), rendered, turn_open, ttl)
 
@@ -255,12 +259,13 @@ class Service:
         *,
         messages: Sequence[Mapping[str, Any]] | None = None,
         text: str | None = None,
+        allow_special: bool = False,
     ) -> SessionView:
         """Add messages to a conversation, or text to a text session."""
         with self._serving():
             if (messages is None) == (text is None):
                 raise InputError("append either text or messages")
-            return await self.sessions.append(_owner(key), id, messages, text)
+            return await self.sessions.append(_owner(key), id, messages, text, allow_special)
 
     async def ask(
         self,

@@ -54,6 +54,9 @@ class Contents(Request):
 
     messages: Messages | None = None
     text: Words | None = None
+    allow_special: bool = Field(
+        False, description="Special tokens in messages, tools and text act as control tokens; otherwise they are text."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Self:

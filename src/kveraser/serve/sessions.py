@@ -12,7 +12,7 @@ from kveraser.errors import InputError, SessionError
 from kveraser.probes import Probe
 from kveraser.serve.background import Background
 from kveraser.serve.conversations import ANSWER_TOKENS, Conversations
-from kveraser.serve.engine import Engine, Held, Rendered, Sampling
+from kveraser.serve.engine import Engine, Held, Sampling
 from kveraser.serve.entries import Entry, Undoable
 from kveraser.serve.errors import ContextOverflow, Overloaded, SessionBusy
 from kveraser.serve.exchange import (
@@ -28,8 +28,6 @@ from kveraser.serve.exchange import (
 )
 from kveraser.serve.rendering import (
     Reading,
-    added_messages,
-    added_text,
     exchanged,
 )
 from kveraser.serve.scheduler import Scheduler
@@ -37,6 +35,8 @@ from kveraser.serve.selecting import read_selectors
 from kveraser.serve.store import Store
 from kveraser.serve.views import message_views, summary, token_views
 from kveraser.spans import resolve
+from kveraser.template import ChatOptions
+from kveraser.tokenized import TokenizedText, tokenize
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Sessions:
 
     # Making and reading
 
-    async def create(self, owner: str, rendered: Rendered, turn_open: bool, ttl: float | None) -> SessionView:
+    async def create(self, owner: str, rendered: TokenizedText, turn_open: bool, ttl: float | None) -> SessionView:
         """A session of a text, prefilled and recorded."""
         limits = self.store.limits
         self._check_count(owner)
@@ -101,12 +101,6 @@ class Sessions:
         most = self.engine.max_positions
         if most is not None and held + added > most:
             raise ContextOverflow(f"the session would have {held + added} tokens and the model has {most} positions")
-
-    def _check_length(self, *texts: str) -> None:
-        """Refuse what can't fit before it is cut into tokens, which takes its time."""
-        most, size = self.engine.max_positions, sum(map(len, texts))
-        if most is not None and size > most * TOKEN_CHARACTERS:
-            raise ContextOverflow(f"the text has {size} characters, too many for the model's {most} positions")
 
     async def view(self, owner: str, id: str, contents: bool) -> SessionView:
         """One session; it comes back from disk for it."""
@@ -152,12 +146,17 @@ class Sessions:
     # Changing
 
     async def append(
-        self, owner: str, id: str, messages: Sequence[Mapping[str, Any]] | None, text: str | None
+        self,
+        owner: str,
+        id: str,
+        messages: Sequence[Mapping[str, Any]] | None,
+        text: str | None,
+        allow_special: bool = False,
     ) -> SessionView:
         """Add messages, or text."""
 
         async def append(entry: Entry, held: Held) -> SessionView:
-            rendered = self._continuation(entry, held, messages, text)
+            rendered = self._continuation(entry, messages, text, ChatOptions(allow_special=allow_special))
             self._check_room(entry.measured.live_tokens, len(rendered.tokens))
             await self.store.reserve(entry, len(rendered.tokens))
             async with self._or_as_before(entry, held):
@@ -168,19 +167,19 @@ class Sessions:
         return await self._change(owner, id, append)
 
     def _continuation(
-        self, entry: Entry, held: Held, messages: Sequence[Mapping[str, Any]] | None, text: str | None
-    ) -> Rendered:
-        self._check_length(text or "", *(str(message.get("content")) for message in messages or ()))
+        self, entry: Entry, messages: Sequence[Mapping[str, Any]] | None, text: str | None, options: ChatOptions
+    ) -> TokenizedText:
+        check_length(
+            self.engine.max_positions, text or "", *(str(message.get("content")) for message in messages or ())
+        )
         templated = chat.has_template(self.tokenizer)
         if messages is not None:
             if entry.turn_open or not templated:
                 raise InputError("this is a text session: append text, not messages")
-            return added_messages(self.tokenizer, messages)
+            return chat.added_messages(self.tokenizer, messages, options)
         if templated and not entry.turn_open:
             raise InputError("this is a conversation: append messages, not text")
-        if not text:
-            raise InputError("nothing to append: give some text")
-        return added_text(self.tokenizer, text)
+        return chat.added_text(self.tokenizer, text or "", options)
 
     async def erase(
         self, owner: str, id: str, what: Any, method: str | None, max_kl: float | None, undoable: bool
@@ -269,7 +268,7 @@ class Sessions:
         self, owner: str, id: str, question: str, sampling: Sampling, keep: bool, caches: Caches
     ) -> AsyncGenerator[Event, None]:
         """Ask the session itself, or a context that it is compared with."""
-        self._check_length(question)
+        check_length(self.engine.max_positions, question)
         if caches != "edited":
             if keep:
                 raise InputError("only an answer from the session's own cache can be kept: ask with caches=edited")
@@ -283,7 +282,7 @@ class Sessions:
 
     async def _compared(self, entry: Entry, held: Held, question: str, caches: Caches) -> Reading:
         """The session's tokens, all of them or the live ones, and the question."""
-        added = added_text(self.tokenizer, chat.question_text(self.tokenizer, question, entry.turn_open))
+        added = self._question(entry, question)
 
         def read() -> Reading:
             transcript, tokens = held.transcript, entry.measured.tokens
@@ -300,12 +299,14 @@ class Sessions:
 
         return await self.scheduler.run(read)
 
+    def _question(self, entry: Entry, question: str) -> TokenizedText:
+        return tokenize(self.tokenizer, chat.question_text(self.tokenizer, question, entry.turn_open), follows=True)
+
     async def _ask(
         self, owner: str, id: str, question: str, sampling: Sampling, keep: bool
     ) -> AsyncGenerator[Event, None]:
         async with self._using(owner, id, streaming=True) as (entry, held):
-            text = chat.question_text(self.tokenizer, question, entry.turn_open)
-            prompt = added_text(self.tokenizer, text)
+            prompt = self._question(entry, question)
             live, before = entry.measured.live_tokens, len(held.transcript.text)
             self._check_room(live + 1, len(prompt.tokens))
             await self.store.reserve(entry, len(prompt.tokens))
@@ -324,7 +325,7 @@ class Sessions:
                             await self.conversations.grow(entry, len(prompt.tokens) + room)
                         reason = step.finish_reason or reason
                 if keep:
-                    await self.background.surely(self._keep(entry, held, question, text, before))
+                    await self.background.surely(self._keep(entry, held, question, prompt.text, before))
             entry.used = self.store.clock()
         yield Finished("length" if reason == "length" else "stop", count, what)
 
@@ -333,9 +334,9 @@ class Sessions:
         if chat.has_template(self.tokenizer):
             said = len(held.transcript.text) - before - len(prompt)
             body = held.transcript.body_start if entry.turn_open else None
-            closing, ranges = exchanged(self.tokenizer, question, prompt, said, before, body)
-            if closing:
-                await self._add(held, added_text(self.tokenizer, closing, ranges))
+            closing = exchanged(self.tokenizer, question, prompt, said, before, body)
+            if closing.tokens:
+                await self._add(held, closing)
         was_open, entry.turn_open = entry.turn_open, False
         await self._settle(entry, was_open)
 
@@ -369,7 +370,7 @@ class Sessions:
 
         return await self.background.surely(run())
 
-    async def _add(self, held: Held, text: Rendered) -> None:
+    async def _add(self, held: Held, text: TokenizedText) -> None:
         await self.scheduler.run(lambda: self.engine.append(held, text))
         await self.scheduler.prefill(held)
 
@@ -409,3 +410,14 @@ class Sessions:
             if len(entry.undoable) > self.store.limits.undo_steps:
                 most = self.store.limits.undo_steps
                 await self.store.keep_undoable(entry, entry.undoable[len(entry.undoable) - most :])
+
+
+def check_length(most: int | None, *texts: str) -> None:
+    """Refuse text that can't fit `most` positions before it is cut into tokens, which takes its time.
+
+    Raises:
+        ContextOverflow: it has more characters than so many tokens can have.
+    """
+    size = sum(map(len, texts))
+    if most is not None and size > most * TOKEN_CHARACTERS:
+        raise ContextOverflow(f"the text has {size} characters, too many for the model's {most} positions")

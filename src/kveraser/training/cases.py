@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kveraser import chat
-from kveraser.backbone import Backbone, encode
+from kveraser.backbone import Backbone
 from kveraser.errors import InputError
 from kveraser.spans import Span, Transcript
+from kveraser.tokenized import encode
 from kveraser.training.arrow import read_arrow
 
 QueryKind = Literal["influence", "leak", "no_harm"]
@@ -125,10 +126,10 @@ def tokenize_with(tokenizer: Any, case: Case) -> TokenizedCase:
         SpanError: the span lies outside the context, or is all of it.
     """
     templated = chat.has_template(tokenizer)
-    opening = chat.first_turn_frame(tokenizer).opening if templated else ""
+    read = chat.document(tokenizer, case.context)
     transcript = Transcript()
-    transcript.append(opening + case.context, *encode(tokenizer, opening + case.context, special=not templated))
-    span: Span = transcript.snap(len(opening) + case.span[0], len(opening) + case.span[1])
+    transcript.append(read.text, read.tokens, read.offsets)
+    span: Span = transcript.snap(read.body_start + case.span[0], read.body_start + case.span[1])
     tokens = transcript.tokens
     return TokenizedCase(
         id=case.id,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from kveraser.backbone import encode
 from kveraser.bench.case import ALL, BenchCase, Cell, LeftOut, from_training_case
 from kveraser.bench.suites.base import Made, Suite, SuiteSettings
 from kveraser.errors import InputError
+from kveraser.tokenized import encode
 from kveraser.training.cases import Case
 from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
 from kveraser.training.tasks import TASKS, TaskSettings, task_cases

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from kveraser.backbone import encode
 from kveraser.bench.case import BenchCase, Cell, LeftOut, tokenize_context
 from kveraser.bench.suites.base import Made, Suite, SuiteSettings
 from kveraser.bench.suites.false_answers import FalseAnswer, false_answers, overlap, sentences
 from kveraser.bench.suites.questions import HUB_DATASETS, Passage, read_questions
 from kveraser.errors import InputError
 from kveraser.spans import Characters
+from kveraser.tokenized import encode
 from kveraser.training.cases import Query
 
 NAME = "longqa"

@@ -12,9 +12,9 @@ from importlib import resources
 from math import inf
 from typing import Any
 
-from kveraser.backbone import encode
 from kveraser.bench.case import tokenize_context
 from kveraser.errors import InputError
+from kveraser.tokenized import encode
 from kveraser.training.tasks.tables import fill
 
 LONGEST_SENTENCE = 60

@@ -55,7 +55,10 @@ def _reply(view: SessionView) -> SessionReply:
 async def create(body: NewSession, service: Served, owner: Owner) -> SessionReply:
     """Prefills messages or a text. The session belongs to the key; nobody else can see it."""
     tools = [tool.plain() for tool in body.tools or []]
-    made = await service.create(owner, messages=body.plain_messages(), text=body.text, tools=tools, ttl=body.ttl)
+    made = await service.create(
+        owner, messages=body.plain_messages(), text=body.text, tools=tools, ttl=body.ttl,
+        allow_special=body.allow_special,
+    )  # fmt: skip
     return _reply(made)
 
 
@@ -118,7 +121,10 @@ async def audit(session: SessionId, service: Served, owner: Owner, body: AuditRe
 @routes.post("/v1/sessions/{session}/messages", responses=errors(*EDITING), summary="Add to a session")
 async def append(session: SessionId, body: NewMessages, service: Served, owner: Owner) -> SessionReply:
     """Adds messages to a conversation, or text to a text."""
-    return _reply(await service.append(owner, session, messages=body.plain_messages(), text=body.text))
+    changed = await service.append(
+        owner, session, messages=body.plain_messages(), text=body.text, allow_special=body.allow_special
+    )
+    return _reply(changed)
 
 
 @routes.post(
