@@ -1,0 +1,152 @@
+"""Conversations through the chat templates of 26 families: nothing said is lost, and every range is right."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kveraser import chat
+from kveraser.errors import InputError
+from kveraser.spans import MessageRange
+from tests.tiny import tiny_tokenizer
+
+FOLDER = Path(__file__).parent / "chat_templates"
+FAMILIES: dict[str, dict[str, Any]] = json.loads((FOLDER / "families.json").read_text(encoding="utf-8"))
+
+SYSTEM = {"role": "system", "content": "Speak like a lighthouse keeper."}
+DEVELOPER = {"role": "developer", "content": "Count in dozens."}
+ASKED = {"role": "user", "content": "Which fjord is deepest?"}
+SAID = {"role": "assistant", "content": "Sognefjord, by far."}
+WEATHER = {"role": "user", "content": "Do I need a raincoat?"}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "look_outside", "arguments": '{"city": "Oslo"}'},
+}
+CALLING = {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL]}
+FOUND = {"role": "tool", "tool_call_id": "call00001", "content": "It rains."}
+ADVISED = {"role": "assistant", "content": "Bring gumboots too."}
+THANKS = {"role": "user", "content": "Thanks, heading out."}
+REASONED = {**ADVISED, "reasoning_content": "Puddles are likely."}
+INLINE = {"role": "assistant", "content": "<think>\nPuddles are likely.\n</think>\n\nBring gumboots too."}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_outside",
+            "description": "Weather at a place.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "plain": [SYSTEM, ASKED, SAID, WEATHER],
+    "call": [WEATHER, CALLING, FOUND, ADVISED, THANKS],
+    "call without content": [WEATHER, {**CALLING, "content": None}, FOUND, ADVISED, THANKS],
+    "call with empty content": [WEATHER, {**CALLING, "content": ""}, FOUND, ADVISED, THANKS],
+    "developer": [DEVELOPER, ASKED, SAID, WEATHER],
+    "reasoning": [WEATHER, CALLING, FOUND, REASONED],
+    "reasoning inside content": [WEATHER, INLINE, ASKED, SAID],
+    "long": [
+        {"role": ("user", "assistant")[turn % 2], "content": f"{('Query', 'Reply')[turn % 2]} ({turn}) ends."}
+        for turn in range(20)
+    ],
+}
+CALLS = ("call", "call without content", "call with empty content", "reasoning")
+REFUSED: dict[str, tuple[str, ...]] = {}
+"""What a family's template refuses."""
+
+SHARED: dict[str, tuple[str, ...]] = {}
+"""Conversations whose first message stands inside the turn of the next."""
+
+
+@cache
+def tokenizer_of(family: str) -> Any:
+    """The tiny tokenizer with a family's control tokens and template."""
+    tokenizer, known = tiny_tokenizer(), FAMILIES[family]
+    tokenizer.bos_token, tokenizer.eos_token = known["bos_token"], known["eos_token"]
+    tokenizer.add_special_tokens({"additional_special_tokens": known["markers"]})
+    tokenizer.chat_template = (FOLDER / f"{family}.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+def words_of(message: dict[str, Any]) -> str:
+    """What a template has to show of a message's content: all but reasoning."""
+    return (message["content"] or "").split("</think>")[-1].strip()
+
+
+def read(family: str, name: str) -> tuple[str, list[MessageRange], list[str]]:
+    """The rendered conversation, its ranges, and what has to stand in them."""
+    messages = CONVERSATIONS[name]
+    text, ranges = chat.render_with_ranges(tokenizer_of(family), messages, TOOLS if name in CALLS else None)
+    assert [place.role for place in ranges] == [message["role"] for message in messages]
+    return text, ranges, [words_of(message) for message in messages]
+
+
+ACCEPTED = [(family, name) for family in FAMILIES for name in CONVERSATIONS if name not in REFUSED.get(family, ())]
+accepted = pytest.mark.parametrize(("family", "name"), ACCEPTED, ids=[f"{one}-{two}" for one, two in ACCEPTED])
+
+
+def test_every_template_is_listed_and_its_markers_are_single_tokens() -> None:
+    assert set(FAMILIES) == {path.stem for path in FOLDER.glob("*.jinja")} and len(FAMILIES) == 26
+    for family, known in FAMILIES.items():
+        tokenizer = tokenizer_of(family)
+        for marker in (known["bos_token"], known["eos_token"], *known["markers"]):
+            assert marker is None or len(tokenizer.encode(marker, add_special_tokens=False)) == 1
+            assert marker is None or marker in tokenizer.chat_template or marker in (known["bos_token"], known["eos_token"])
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, names in REFUSED.items() for name in names]
+)
+def test_what_the_template_refuses_is_refused(family: str, name: str) -> None:
+    with pytest.raises(InputError, match="chat template refuses"):
+        read(family, name)
+
+
+@accepted
+def test_all_that_was_said_stands_in_the_text(family: str, name: str) -> None:
+    text, _, words = read(family, name)
+    assert [one for one in words if one not in text] == []
+    if name in CALLS:
+        # The description of the tools names the function once.
+        described = chat.render(tokenizer_of(family), [WEATHER], TOOLS).count("look_outside")
+        assert text.count("look_outside") > described and "Oslo" in text
+
+
+@accepted
+def test_a_content_range_holds_the_content(family: str, name: str) -> None:
+    text, ranges, words = read(family, name)
+    for message, place, said in zip(CONVERSATIONS[name], ranges, words, strict=True):
+        shown = text[place.content_start : place.content_end]
+        if shown:
+            assert said in shown and shown.strip() in message["content"]
+        elif message["role"] != "tool" and message is not INLINE and "tool_calls" not in message:
+            pytest.fail(f"no range of {said!r}")
+
+
+@accepted
+def test_a_turn_holds_its_own_content_and_no_other(family: str, name: str) -> None:
+    text, ranges, words = read(family, name)
+    own = [place for place in ranges if place.own_turn]
+    assert all(one.end <= other.start for one, other in pairwise(own))
+    for index, place in enumerate(ranges):
+        turn, rest = text[place.start : place.end], text[: place.start] + text[place.end :]
+        if place.own_turn:
+            assert words[index] in turn
+        for other in words[:index] + words[index + 1 :]:
+            assert not other or (other not in turn and other in rest)
+
+
+@accepted
+def test_plain_messages_have_turns_of_their_own(family: str, name: str) -> None:
+    _, ranges, _ = read(family, name)
+    shared = 2 if name in SHARED.get(family, ()) else 0
+    without = [place.role for place in ranges[shared:] if not place.own_turn]
+    assert without == []
