@@ -59,11 +59,20 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 CALLS = ("call", "call without content", "call with empty content", "reasoning")
-REFUSED: dict[str, tuple[str, ...]] = {}
+ALTERNATING = (*CALLS, "developer")
+REFUSED: dict[str, tuple[str, ...]] = {
+    "gemma-2": ("plain", *ALTERNATING),
+    "gemma-3": ALTERNATING,
+    "llama2": ALTERNATING,
+    "mistral-nemo": ("developer",),
+    "mistral-v0.3": ("developer",),
+    "mistral-v7-tekken": ("developer",),
+    "qwen3.5": ("developer",),
+}
 """What a family's template refuses."""
 
-SHARED: dict[str, tuple[str, ...]] = {}
-"""Conversations whose first message stands inside the turn of the next."""
+SHARED = {"gemma-3": 1, "llama2": 1, "mistral-nemo": 3, "mistral-v0.3": 3, "smollm3": 0}
+"""The message of the plain conversation that shares its turn: with the system prompt, or with the template's words."""
 
 
 @cache
@@ -81,11 +90,12 @@ def words_of(message: dict[str, Any]) -> str:
     return (message["content"] or "").split("</think>")[-1].strip()
 
 
+@cache
 def read(family: str, name: str) -> tuple[str, list[MessageRange], list[str]]:
     """The rendered conversation, its ranges, and what has to stand in them."""
     messages = CONVERSATIONS[name]
     text, ranges = chat.render_with_ranges(tokenizer_of(family), messages, TOOLS if name in CALLS else None)
-    assert [place.role for place in ranges] == [message["role"] for message in messages]
+    assert len(ranges) == len(messages)
     return text, ranges, [words_of(message) for message in messages]
 
 
@@ -99,12 +109,14 @@ def test_every_template_is_listed_and_its_markers_are_single_tokens() -> None:
         tokenizer = tokenizer_of(family)
         for marker in (known["bos_token"], known["eos_token"], *known["markers"]):
             assert marker is None or len(tokenizer.encode(marker, add_special_tokens=False)) == 1
-            assert marker is None or marker in tokenizer.chat_template or marker in (known["bos_token"], known["eos_token"])
+            assert (
+                marker is None
+                or marker in tokenizer.chat_template
+                or marker in (known["bos_token"], known["eos_token"])
+            )
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family, names in REFUSED.items() for name in names]
-)
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in REFUSED.items() for name in names])
 def test_what_the_template_refuses_is_refused(family: str, name: str) -> None:
     with pytest.raises(InputError, match="chat template refuses"):
         read(family, name)
@@ -125,10 +137,10 @@ def test_a_content_range_holds_the_content(family: str, name: str) -> None:
     text, ranges, words = read(family, name)
     for message, place, said in zip(CONVERSATIONS[name], ranges, words, strict=True):
         shown = text[place.content_start : place.content_end]
-        if shown:
-            assert said in shown and shown.strip() in message["content"]
-        elif message["role"] != "tool" and message is not INLINE and "tool_calls" not in message:
-            pytest.fail(f"no range of {said!r}")
+        assert said in shown if shown else "tool_calls" in message or message["role"] == "tool" or message is INLINE
+        # Calls and results that the template would drop are written into the content.
+        if "tool_calls" not in message and message["role"] != "tool":
+            assert shown.strip() in message["content"]
 
 
 @accepted
@@ -144,9 +156,9 @@ def test_a_turn_holds_its_own_content_and_no_other(family: str, name: str) -> No
             assert not other or (other not in turn and other in rest)
 
 
-@accepted
-def test_plain_messages_have_turns_of_their_own(family: str, name: str) -> None:
-    _, ranges, _ = read(family, name)
-    shared = 2 if name in SHARED.get(family, ()) else 0
-    without = [place.role for place in ranges[shared:] if not place.own_turn]
-    assert without == []
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "plain" not in REFUSED.get(family, ())])
+def test_plain_messages_have_turns_of_their_own(family: str) -> None:
+    _, ranges, _ = read(family, "plain")
+    assert [index for index, place in enumerate(ranges) if not place.own_turn] == [
+        index for index in range(4) if SHARED.get(family) == index
+    ]
