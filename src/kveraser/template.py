@@ -160,8 +160,10 @@ def plain(
     for _ in range(2):
         if lost:
             read = [_written_out(one) if index in lost else one for index, one in enumerate(read)]
-            read = _with_written_results(read)
             left = _lost(tokenizer, read, options, lead)
+            if left is None:
+                read = _with_written_results(read)
+                left = _lost(tokenizer, read, options, lead)
             lost = lost if left is None else left
     if lost:
         raise InputError(
