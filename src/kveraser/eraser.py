@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from kveraser.errors import EraserError
+from kveraser.files import replacing
 
 Layout = Literal["keep", "closed", "compact"]
 LAYOUTS: tuple[Layout, ...] = ("keep", "closed", "compact")
@@ -201,18 +202,16 @@ class Eraser:
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
         tensors = {f"base_model.model.{name}": value for name, value in state.items()}
         for name, content in (("adapter_model.safetensors", tensors), (EXTRAS_FILE, self.extras)):
-            temporary = target / f"{name}.part"
             if content:
                 ready = {key: value.detach().to("cpu", dtype).contiguous() for key, value in content.items()}
-                save_file(ready, temporary, metadata={"format": "pt"})
-                temporary.replace(target / name)
+                with replacing(target / name) as temporary:
+                    save_file(ready, temporary, metadata={"format": "pt"})
             else:
                 # An earlier eraser of another layout may have left its own.
                 (target / name).unlink(missing_ok=True)
         self.model.peft_config[ADAPTER_NAME].save_pretrained(str(target))
-        settings = target / f"{SETTINGS_FILE}.part"
-        settings.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
-        settings.replace(target / SETTINGS_FILE)
+        with replacing(target / SETTINGS_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Upload the adapter as plain PEFT files, with `kveraser.json` and the card of the folder it came from, if any.

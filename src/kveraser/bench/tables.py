@@ -13,6 +13,7 @@ from typing import Any
 from kveraser.bench.case import ALL
 from kveraser.bench.rows import AXES
 from kveraser.errors import InputError
+from kveraser.files import replacing
 
 NOT_MEASURED = "Not measured."
 MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -387,9 +388,8 @@ def main(arguments: Sequence[str] = (), root: Path = Path()) -> int:
         if before != after:
             stale.append(name)
             if "--check" not in arguments:
-                temporary = document.with_name(f".{document.name}.part")
-                temporary.write_text(after, "utf-8")
-                temporary.replace(document)
+                with replacing(document) as temporary:
+                    temporary.write_text(after, "utf-8")
     if "--check" not in arguments or not stale:
         return 0
     print(f"{', '.join(stale)}: tables differ from docs/results: run python -m kveraser.bench.tables", file=sys.stderr)

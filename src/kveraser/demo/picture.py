@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kveraser.errors import InputError
+from kveraser.files import replacing
 
 # Okabe and Ito's colours, told apart by colour-blind readers; a method has the same one everywhere.
 COLOURS = {
@@ -85,15 +84,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Pat
     _label(figure, axes, points)
     target = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".png", dir=target.parent)
-        os.close(handle)
-        try:
-            figure.savefig(temporary, dpi=150)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(target) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
     except OSError as error:
         raise InputError(
             f"can't write the picture to {target} ({error}): choose another place with --picture"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from kveraser import __version__
 from kveraser.errors import InputError
+from kveraser.files import replacing
 from kveraser.training.arrow import write_arrow
 from kveraser.training.cases import Case, QueryKind, read_cases, tokenize_with
 from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
@@ -134,12 +134,8 @@ def build_cases(
             _sidecar(partial).unlink(missing_ok=True)
             raise
         if target.suffix == ".arrow":
-            arrow = target.with_name(f".{target.name}.{os.getpid()}.part")
-            try:
+            with replacing(target) as arrow:
                 write_arrow(arrow, map(asdict, read_cases(partial)))
-                arrow.replace(target)
-            finally:
-                arrow.unlink(missing_ok=True)
             partial.unlink()
         else:
             partial.replace(target)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import string
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ from typing import Any, Literal
 from kveraser import chat
 from kveraser.backbone import Backbone
 from kveraser.errors import InputError
+from kveraser.files import replacing
 from kveraser.spans import Span, Transcript
 from kveraser.tokenized import encode
 from kveraser.training.arrow import read_arrow
@@ -157,20 +156,15 @@ def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
         InputError: it can't be written; an earlier file stays.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     written = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
             for case in cases:
                 file.write(case.to_json() + "\n")
                 written += 1
-        temporary.replace(target)
     except OSError as error:
         raise InputError(f"can't write cases to {target} ({error}): free space or choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return written
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kveraser.errors import KVEraserError
+from kveraser.files import replacing
 
 
 class TrainingError(KVEraserError):
@@ -21,12 +21,10 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         TrainingError: they can't be written; an earlier checkpoint stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise TrainingError(
             f"can't write a checkpoint to {path.parent} ({error}): free space and resume; the earlier one stays"
         ) from error

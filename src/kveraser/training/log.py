@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kveraser.files import replacing
+
 LOG, CURVES = "log.jsonl", "tensorboard"
 
 
@@ -43,9 +45,8 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / LOG
         kept = self._path.read_text("utf-8").splitlines()[:step] if self._path.is_file() else []
-        temporary = self._path.with_name(f".{LOG}.part")
-        temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-        temporary.replace(self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
         self._curves: Any = None
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter

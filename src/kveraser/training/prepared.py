@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kveraser.backbone import Backbone
+from kveraser.files import replacing
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.distill import PreparedBatch, log_probabilities, split_states
 
@@ -58,18 +57,14 @@ class PreparedStore:
         if self.bytes + size > self.limit_bytes:
             return
         target = self._file(backbone, batch.cases)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary)
-            temporary.replace(target)
+            with replacing(target) as temporary:
+                save_file(tensors, temporary)
             self.bytes += size
         except (OSError, SafetensorError) as error:
             log.warning("can't store prepared batches in %s (%s): later epochs take longer", self.folder, error)
             self.limit_bytes = 0
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def clear(self) -> None:
         """Delete all that was stored."""

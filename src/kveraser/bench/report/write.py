@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from kveraser.bench.report.page import make_page
 from kveraser.bench.report.read import Results
 from kveraser.bench.report.style import styles
 from kveraser.errors import InputError
+from kveraser.files import replacing
 
 PAGE = "index.html"
 
@@ -60,13 +59,6 @@ def replace_file(target: Path, content: bytes) -> Path:
 
 
 def _replace(target: Path, content: bytes) -> Path:
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(target) as temporary:
+        temporary.write_bytes(content)
     return target
