@@ -106,7 +106,7 @@ ifeq ($(DATASET),)
 	@echo "Left out: questions on long documents; name files of them with DATASET=a.json,b.jsonl"
 else
 	@echo "Measuring: questions on long documents"
-	@$(BIN)/kveraser bench quality --suite longqa --dataset $(DATASET) --lengths 512 --cases 1000 --seed 1 \
+	@$(BIN)/kveraser bench quality --suite longqa --dataset $(DATASET) --lengths 512 --cases 500 --seed 1 \
 		--output runs/longqa --json >docs/results/longqa.json.part
 	@mv docs/results/longqa.json.part docs/results/longqa.json
 	@$(BIN)/kveraser bench report runs/longqa --output runs/longqa/report
