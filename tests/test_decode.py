@@ -11,9 +11,10 @@ from transformers import LogitsProcessorList
 
 from kveraser.backbone import Backbone
 from kveraser.cache import EditableCache
-from kveraser.decode import Decoding, end_tokens, generate, greedy, score, stream_text, text_with_offsets
+from kveraser.decode import AnswerText, Decoding, end_tokens, generate, greedy, score, stream_text, text_with_offsets
 from kveraser.errors import ContextLengthError, InputError
-from tests.tiny import DEVICE, random_tokens, same_bits, snapshot, tiny_backbone
+from kveraser.serve.tools import CallReader, formats_of
+from tests.tiny import DEVICE, random_tokens, same_bits, snapshot, tiny_backbone, tiny_tokenizer
 
 CONTEXT = random_tokens(40, seed=1)
 PROMPT = random_tokens(6, seed=2)
@@ -239,6 +240,19 @@ def test_unfinished_characters_are_not_shown_in_the_stream(backbone: Backbone) -
 def test_a_character_cut_off_by_the_limit_is_shown_as_what_it_is(backbone: Backbone) -> None:
     pieces, decoded = stream(backbone, logits_processors=(Forced(backbone, "a🙂"),), max_new_tokens=3)
     assert pieces == ["a", "\ufffd"] and decoded.text == "a\ufffd" and len(decoded.tokens) == 3
+
+
+def test_special_tokens_that_mark_calls_are_shown_so_that_calls_can_be_read() -> None:
+    """As Mistral's, whose marker is a special token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[OTHER]"]})
+    call = '[{"name": "find", "arguments": {"what": "parcel"}}]'
+    answer, reader = AnswerText(tokenizer, ()), CallReader(formats=formats_of("[TOOL_CALLS]"))
+    tokens = tokenizer(f"[OTHER]Yes. [TOOL_CALLS]{call}<|endoftext|>")["input_ids"]
+    shown = [reader.feed(answer.add(token)) for token in tokens]
+    shown += [reader.feed(answer.finish()), reader.finish()]
+    assert "".join(text for text, _ in shown) == "Yes."
+    assert [(one.name, one.arguments) for _, calls in shown for one in calls] == [("find", '{"what": "parcel"}')]
 
 
 def test_special_tokens_are_not_shown(backbone: Backbone) -> None:

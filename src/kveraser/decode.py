@@ -157,8 +157,14 @@ class Decoded:
     ended: bool
 
 
+CALL_MARKERS = frozenset({"[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<tool_call>", "</tool_call>", "<think>", "</think>"})
+"""What tells calls and reasoning from an answer's text; some tokenizers count these among their special tokens."""
+
+
 class AnswerText:
     """An answer's text while its tokens come. What is shown never ends inside a character or shows part of a stop text.
+
+    Special tokens are left out, except for `CALL_MARKERS`: without them a call could not be told from text.
 
     Attributes:
         text: of all tokens so far, up to a stop text.
@@ -170,12 +176,15 @@ class AnswerText:
         self.text = self.shown = ""
         self.cut = False
         self._tokenizer, self._stop = tokenizer, stop
+        added = tokenizer.added_tokens_decoder
+        self._hidden = {token for token, text in added.items() if text.special and str(text) not in CALL_MARKERS}
         self._tokens: list[int] = []
 
     def add(self, token: int) -> str:
         """Add a token; what can be shown now and could not before."""
-        self._tokens.append(token)
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if token not in self._hidden:
+            self._tokens.append(token)
+        whole = self._tokenizer.decode(self._tokens)
         self.text = _cut(whole, self._stop)
         self.cut = len(self.text) < len(whole)
         return self._show(_without_partial(self.text, self._stop))
