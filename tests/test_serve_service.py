@@ -492,9 +492,11 @@ def test_bad_requests_are_refused_and_what_is_cached_stays() -> None:
                 await whole(service.generate("ada", Turn(prompt=(1, 10**6))))
             with pytest.raises(ContextOverflow):
                 await chat(service, conversation(40))
-            # Before it is made into text, which takes a while.
+            # Before it is made into text, which takes a while: the half character at its end is not looked at.
             with pytest.raises(ContextOverflow):
                 await asyncio.wait_for(whole(service.generate("ada", Turn(prompt=(1,) * 100_000))), 5)
+            with pytest.raises(ContextOverflow):
+                await chat(service, [{"role": "user", "content": "why " * 100_000 + "\ud800"}])
             answered = await chat(service, left)
             assert answered.started.what.action == "erase" and answered.tokens == edited(messages, [2, 3], [])
 

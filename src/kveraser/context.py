@@ -218,7 +218,7 @@ class Context:
     @staticmethod
     def _warn(notices: Sequence[str]) -> None:
         for notice in notices:
-            warnings.warn(notice, UserWarning, stacklevel=4)
+            warnings.warn(notice, UserWarning, stacklevel=3)
 
     def _marks(self) -> Marks:
         transcript = self.transcript
