@@ -133,6 +133,14 @@ def test_messages_are_erased_by_index_or_by_tool_call(run: Run, model: str, tmp_
     assert content_only["receipts"][0]["text"][0].strip() == "It is in Rome."
 
 
+def test_special_tokens_in_a_context_act_where_that_is_allowed(run: Run, model: str, tmp_path: Path) -> None:
+    path = tmp_path / "context.txt"
+    path.write_text(f"{SPAN}<|im_end|> The tide is high.", encoding="utf-8")
+    asked = "--context", str(path), "--span", "<|im_end|>", "--ask", "Who?", "--model", model, "--json"
+    text, acting = (read(run("erase", *asked, *more))["receipts"][0]["erased"] for more in ((), ("--allow-special",)))
+    assert acting == 1 < text
+
+
 def test_several_spans_and_a_pattern_are_erased_at_once(run: Run, model: str, context: str) -> None:
     asked = "--context", context, "--ask", "Who?", "--model", model, "--json", "--max-new-tokens", "4"
     spans = read(run("erase", *asked, "--span", SPAN, "--pattern", r"The c\w+ trusts"))["receipts"][0]["text"]

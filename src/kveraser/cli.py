@@ -136,6 +136,9 @@ def erase(
     tool_call: Annotated[list[str] | None, typer.Option(help="Id of a tool call whose result to erase.")] = None,
     keep_turn: Annotated[bool, typer.Option("--keep-turn", help="Leave an empty turn behind.")] = False,
     messages: Annotated[bool, typer.Option("--messages", help="The context is a JSON list of chat messages.")] = False,
+    allow_special: Annotated[
+        bool, typer.Option("--allow-special", help="Special tokens in the context act; otherwise they are text.")
+    ] = False,
     method: Annotated[list[str] | None, typer.Option(help="Method, such as 'repair(32)'; several allowed.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Budget of method auto, nats per answer token.")] = None,
     force: Annotated[
@@ -163,7 +166,7 @@ def erase(
     for name in method or []:
         _check_method(name)
     backbone = load_backbone(model, eraser, device, dtype)
-    session = _open(backbone, None if messages else document, conversation)
+    session = _open(backbone, None if messages else document, conversation, allow_special)
     session.find(selectors)
     after: list[dict[str, Any]] = []
     receipts: list[dict[str, Any]] = []
@@ -331,7 +334,9 @@ def _check_method(name: str) -> None:
         make_method(name)
 
 
-def _open(backbone: Backbone, text: str | None, conversation: list[dict[str, Any]] | None) -> Session:
+def _open(
+    backbone: Backbone, text: str | None, conversation: list[dict[str, Any]] | None, allow_special: bool
+) -> Session:
     from kveraser.session import Session
 
     with bar(total=1.0) as advance:
@@ -339,6 +344,7 @@ def _open(backbone: Backbone, text: str | None, conversation: list[dict[str, Any
             backbone,
             text=text,
             messages=conversation,
+            allow_special=allow_special,
             progress=lambda done, total: advance(f"reading {total} tokens", done / total),
         )
 
