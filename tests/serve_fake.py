@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -84,8 +84,8 @@ class FakeService(Service):
             )
         ]
 
-    def call_reader(self, most: int | None, names: Collection[str]) -> CallReader:
-        return CallReader(most, names=names)
+    def call_reader(self, most: int | None, tools: Sequence[Mapping[str, Any]]) -> CallReader:
+        return CallReader(most, names={tool["function"]["name"] for tool in tools})
 
     def token_text(self, token: int) -> str:
         return self.pieces[token] if token < len(self.pieces) else "\ufffd"

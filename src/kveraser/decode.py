@@ -166,18 +166,22 @@ class AnswerText:
 
     Special tokens are left out, except for `CALL_MARKERS`: without them a call could not be told from text.
 
+    Args:
+        show_special: none is left out.
+
     Attributes:
         text: of all tokens so far, up to a stop text.
         shown: the part of it that can be shown.
         cut: whether a stop text came.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], show_special: bool = False) -> None:
         self.text = self.shown = ""
         self.cut = False
         self._tokenizer, self._stop = tokenizer, stop
         added = tokenizer.added_tokens_decoder
-        self._hidden = {token for token, text in added.items() if text.special and str(text) not in CALL_MARKERS}
+        shown = set(map(str, added.values())) if show_special else CALL_MARKERS
+        self._hidden = {token for token, text in added.items() if text.special and str(text) not in shown}
         self._tokens: list[int] = []
 
     def add(self, token: int) -> str:

@@ -31,7 +31,7 @@ class _Answer:
         backbone = held.backbone
         self.sampler = Sampler(sampling, held.live_tokens)
         self.decoding = Decoding(stop=sampling.stop)
-        self.text = AnswerText(backbone.tokenizer, sampling.stop)
+        self.text = AnswerText(backbone.tokenizer, sampling.stop, sampling.show_special)
         self.held, self.tokens = held, list[int]()
         self.ends = frozenset[int]() if sampling.ignore_eos else end_tokens(backbone)
         self.limit = sampling.max_tokens

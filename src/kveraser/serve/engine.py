@@ -29,6 +29,7 @@ class Sampling:
         stop: texts at which the answer ends; they are not part of it.
         top_k, min_p, repetition_penalty: as in vLLM; 0, 0 and 1 do nothing. The penalty counts the prompt too.
         ignore_eos: go on where the model would end.
+        show_special: special tokens are part of the answer's text.
         logprobs: how many of the likeliest tokens to report at each place; None reports none, 0 the chosen one alone.
     """
 
@@ -44,6 +45,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
+    show_special: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
@@ -43,6 +43,7 @@ from kveraser.serve.rendering import (
     read_messages,
     read_prompt,
 )
+from kveraser.serve.response_template import TemplateReader
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.sessions import Sessions, check_length
 from kveraser.serve.store import Store
@@ -120,12 +121,15 @@ class Service:
         text: str = self.tokenizer.decode([token])
         return text
 
-    def call_reader(self, most: int | None, names: Collection[str]) -> CallReader:
-        """What reads tool calls in answers of this model; `most` and `names` as in `CallReader`."""
+    def call_reader(self, most: int | None, tools: Sequence[Mapping[str, Any]]) -> CallReader | TemplateReader:
+        """What reads tool calls in answers of this model: by its response template, where it has one."""
         try:
             opening = chat.reply_opening(self.tokenizer)
         except InputError:
             opening = ""
+        if getattr(self.tokenizer, "response_template", None) is not None:
+            return TemplateReader(self.tokenizer, tools, opening, most)
+        names = {tool["function"]["name"] for tool in tools}
         template, thinking = str(self.tokenizer.chat_template), opening.rstrip().endswith("<think>")
         return CallReader(most, formats=formats_of(template), names=names, thinking=thinking)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import replace
 from secrets import token_hex
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from kveraser.serve.replies import (
     TokenLogprobs,
     TopLogprob,
 )
+from kveraser.serve.response_template import TemplateReader
 from kveraser.serve.schemas import ChatRequest
 from kveraser.serve.service import Service
 from kveraser.serve.tools import Call, CallReader
@@ -67,20 +69,21 @@ STREAM_REPLY: dict[str, Any] = {
 async def chat(body: ChatRequest, request: Request, service: Served, owner: Owner, metrics: Counted) -> Response:
     """Answers a conversation. What its history lacks of a cached one is erased from the cache, not recomputed."""
     check_model(service, body.model)
-    generation = Generation(service.generate(owner, body.turn()), request.receive, metrics)
+    reader, turn = _reader(body, service), body.turn()
+    if isinstance(reader, TemplateReader):
+        turn = replace(turn, sampling=replace(turn.sampling, show_special=True))
+    generation = Generation(service.generate(owner, turn), request.receive, metrics)
     head: dict[str, Any] = {"id": f"chatcmpl-{token_hex(12)}", "created": int(time.time()), "model": body.model}
     try:
         started = await generation.start()
         if body.stream:
-            return EventStream(_chunks(body, head, started, generation, service), generation, started.what)
+            return EventStream(_chunks(body, head, started, generation, service, reader), generation, started.what)
         text, tokens, finished = await generation.collect()
     except ClientGone:
         return gone()
-    reader = _reader(body, service)
     calls: list[Call] = []
     if reader is not None:
-        shown, _ = reader.feed(text)
-        text, calls = shown + reader.finish()[0], reader.calls
+        text, calls = reader.feed(text)[0] + reader.finish()[0], reader.calls
     reply = ChatReply(
         **head,
         choices=[
@@ -100,12 +103,12 @@ async def chat(body: ChatRequest, request: Request, service: Served, owner: Owne
     return Response(reply.model_dump_json(), media_type="application/json", headers=happened_header(finished.what))
 
 
-def _reader(body: ChatRequest, service: Service) -> CallReader | None:
+def _reader(body: ChatRequest, service: Service) -> CallReader | TemplateReader | None:
     """What takes tool calls out of the answer; None where the request has no tools to call."""
     if not body.tools or body.tool_choice == "none":
         return None
-    names = {tool.function.name for tool in body.tools}
-    return service.call_reader(1 if body.parallel_tool_calls is False else None, names)
+    tools = [tool.plain() for tool in body.tools]
+    return service.call_reader(1 if body.parallel_tool_calls is False else None, tools)
 
 
 def _reason(finished: Finished, calls: Sequence[Call]) -> Literal["stop", "length", "tool_calls"]:
@@ -128,7 +131,12 @@ def _logprobs(tokens: Iterable[TokenLogprob], text_of: TokenText) -> list[TokenL
 
 
 async def _chunks(
-    body: ChatRequest, head: dict[str, Any], started: Started, generation: Generation, service: Service
+    body: ChatRequest,
+    head: dict[str, Any],
+    started: Started,
+    generation: Generation,
+    service: Service,
+    reader: CallReader | TemplateReader | None,
 ) -> AsyncGenerator[dict[str, Any]]:
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
@@ -143,7 +151,6 @@ async def _chunks(
         made = {**head, "object": "chat.completion.chunk", "choices": [choice]}
         return {**made, "usage": None} if with_usage else made
 
-    reader = _reader(body, service)
     count = 0
 
     def called(calls: list[Call]) -> list[dict[str, Any]]:

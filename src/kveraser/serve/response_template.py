@@ -1,0 +1,82 @@
+"""Tool calls by the response template that a tokenizer comes with (`get_response_parser` of transformers)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kveraser.serve.tools import Call, new_id
+
+REASONING = frozenset({"thinking", "reasoning", "reasoning_content"})
+"""Fields whose text is shown between `<think>` markers, as models without a response template write it."""
+
+
+class TemplateReader:
+    """Takes an answer apart by the tokenizer's response template; used as `CallReader` is.
+
+    Its text must have the special tokens in it, which the template looks for. A call that the template can't read
+    stays text.
+
+    Args:
+        tokenizer: has a `response_template`.
+        tools: as the chat template gets them; arguments get the types that these ask for.
+        prefix: the text that opens the reply.
+        most: calls to read; further ones are dropped. None: all.
+        make_id: gives each call its id.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tools: Sequence[Mapping[str, Any]],
+        prefix: str,
+        most: int | None = None,
+        make_id: Callable[[], str] = new_id,
+    ) -> None:
+        self.calls: list[Call] = []
+        self.most, self.make_id = most, make_id
+        self._parser = tokenizer.get_response_parser(prefix=prefix, tools=[dict(tool) for tool in tools])
+        self._body = ""
+        self._broken = False
+
+    def feed(self, text: str) -> tuple[str, list[Call]]:
+        """The text to show and the calls to report after `text` came in."""
+        return self._read(lambda: self._parser.feed(text), text)
+
+    def finish(self) -> tuple[str, list[Call]]:
+        """What is still held back when the answer ends."""
+        return self._read(lambda: self._parser.finalize()[1], "")
+
+    def _read(self, parse: Callable[[], list[dict[str, Any]]], text: str) -> tuple[str, list[Call]]:
+        if self._broken:
+            return text, []
+        try:
+            events = parse()
+        except ValueError:
+            # No JSON where the template wants some: from here on all is text.
+            self._broken = True
+            return self._body + text, []
+        shown, calls = "", list[Call]()
+        for event in events:
+            field, kind = event["field"], event["type"]
+            if field == "tool_calls":
+                self._body = self._body + event["text"] if kind == "region_chunk" else ""
+                if kind == "region_close":
+                    calls += self._calls(event["value"])
+            elif kind == "region_chunk":
+                shown += event["text"]
+            elif field in REASONING:
+                shown += "<think>\n" if kind == "region_open" else "\n</think>\n\n"
+        return shown, calls
+
+    def _calls(self, value: Any) -> list[Call]:
+        found = list[Call]()
+        for one in value if isinstance(value, list) else [value]:
+            function = one.get("function", one)
+            if self.most is not None and len(self.calls) >= self.most:
+                break
+            arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+            found.append(Call(self.make_id(), function["name"], arguments))
+            self.calls.append(found[-1])
+        return found
