@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def test_every_method_has_a_row_and_those_without_an_eraser_say_so(result: Docum
     rows = result.to_json()["rows"]
     assert all("trained eraser" in row["missing"] for row in rows if row["method"] in missing)
     assert all(row["missing"] is None and row["seconds"] > 0 for row in rows if row["method"] not in missing)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_tools_that_the_template_can_not_write_are_left_out_without_a_warning() -> None:
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    told = replace(document(), context=None, messages=[{"role": "user", "content": CONTEXT}], tools=tools)
+    found = run_document(tiny_backbone(), told, ["recompute"])
+    assert found.results[0].receipt is not None and found.results[0].receipt.exact
 
 
 def test_with_an_eraser_every_method_is_run() -> None:

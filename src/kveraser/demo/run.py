@@ -18,6 +18,7 @@ from kveraser.probes import Probe
 from kveraser.receipt import Audit, Receipt
 from kveraser.session import Session
 from kveraser.spans import selector_from_json
+from kveraser.template import mentions
 
 ANSWER_TOKENS = 24
 
@@ -93,7 +94,9 @@ def run_document(
     say = progress or (lambda _: None)
     say(f"{document.title}: reading")
     started = time.perf_counter()
-    session = Session(backbone, text=document.context, messages=document.messages, tools=document.tools)
+    # A template without tools would leave them out and warn: the demo's calls are readable without.
+    tools = document.tools if document.tools and mentions(backbone.tokenizer, "tools") else None
+    session = Session(backbone, text=document.context, messages=document.messages, tools=tools)
     prefill_seconds = time.perf_counter() - started
     span = selector_from_json(document.erase)
     erased_text = session.find(span)[0][1]
