@@ -359,7 +359,7 @@ def test_cells_that_are_too_long_are_named_whole(backbone: Backbone, measured: l
     ("given", "said"),
     [
         ({"cases": [bench_case(erase=[Text("Nothing.")])]}, "case a: 'Nothing.' is not in the context"),
-        ({"cases": [bench_case("x", context=" ")]}, "case x: the context is empty"),
+        ({"cases": [bench_case("x", context=" ")]}, "case x: the text is empty"),
         ({"methods": [*METHODS, make_method("mask")]}, "mask: give each once"),
         ({"cases": []}, "nothing to measure"),
     ],

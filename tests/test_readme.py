@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from kveraser.bench.tables import (
 from kveraser.errors import InputError
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
 
 
 def test_the_tables_are_what_the_result_files_say() -> None:
@@ -27,6 +29,11 @@ def test_the_tables_are_what_the_result_files_say() -> None:
     assert {match.group("name") for document in documents for match in MARKED.finditer(document)} == set(TABLES)
     for document in documents:
         assert fill(document, ROOT / "docs" / "results") == document
+
+
+def test_result_files_name_no_place_of_the_machine_they_were_made_on() -> None:
+    found = {path.name: re.findall(r'"(/\w[^"]*)"', path.read_text("utf-8")) for path in RESULTS.glob("*.json")}
+    assert found and {name: places for name, places in found.items() if places} == {}
 
 
 def test_a_changed_result_changes_its_table(tmp_path: Path) -> None:

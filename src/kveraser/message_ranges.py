@@ -18,7 +18,7 @@ from typing import Any
 from kveraser.errors import InputError
 from kveraser.spans import MessageRange
 from kveraser.template import DEFAULT_OPTIONS, MARK, REASONING, ChatOptions, Plain, apply
-from kveraser.tokenized import unescaped
+from kveraser.tokenized import encode
 
 CONTENT = "\u2063content\u2063"
 """A text that no template alters and no message contains: marks where content goes."""
@@ -335,8 +335,7 @@ class RenderedChat:
     @cached_property
     def _borders(self) -> set[int]:
         """Where tokens begin or end."""
-        encoded = self.tokenizer(unescaped(self.text), add_special_tokens=False, return_offsets_mapping=True)
-        return {border for offsets in encoded["offset_mapping"] for border in offsets}
+        return {border for offsets in encode(self.tokenizer, self.text)[1] for border in offsets}
 
     def _holds_only(self, index: int, start: int, end: int) -> bool:
         """Whether `[start, end)` holds this message's content and nothing of the others'."""

@@ -29,9 +29,6 @@ MARK = re.compile("\u2063([0-9]+)\u2063")
 TELLS_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none")
 """In templates that tell a missing content from an empty one: beside calls they expect a missing one."""
 
-CALL_CLOSING, RESULT_CLOSING = "\n</tool_call>", "\n</tool_response>"
-"""What ends calls and results that are written out."""
-
 NAMED_MARKERS = 4
 """Special tokens in messages that are warned of, at most: clients limit the size of headers."""
 
@@ -97,15 +94,14 @@ def apply(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, gener
 
 
 def _applied(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, generation_prompt: bool) -> str:
-    given: tuple[Any, Any] = list(options.tools), dict(options.variables)
-    if any(given) and not options.allow_special:
-        given = escaped(given, special_tokens(tokenizer))
+    tools, variables = list(options.tools), dict(options.variables)
+    if (tools or variables) and not options.allow_special:
+        tools, variables = escaped([tools, variables], special_tokens(tokenizer))
     conversation = list(messages)
     if TELLS_NONE.search(str(tokenizer.chat_template)):
         conversation = [
             {**one, "content": None} if one.get("tool_calls") and not one["content"] else one for one in conversation
         ]
-    tools, variables = given
     rendered: str = tokenizer.apply_chat_template(
         conversation, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt, **variables
     )
@@ -162,7 +158,9 @@ def plain(
             read = [_written_out(one) if index in lost else one for index, one in enumerate(read)]
             left = _lost(tokenizer, read, options, lead)
             if left is None:
-                read = _with_written_results(read)
+                # A result without its call is refused: all of them are written out then.
+                tools = [one["role"] == "tool" or bool(one.get("tool_calls")) for one in read]
+                read = [_written_out(one) if of_tool else one for one, of_tool in zip(read, tools, strict=True)]
                 left = _lost(tokenizer, read, options, lead)
             lost = lost if left is None else left
     if lost:
@@ -219,27 +217,14 @@ def _written_out(message: Plain) -> Plain:
     if message["role"] == "developer":
         return {**message, "role": "system"}
     if message["role"] == "tool":
-        return {**message, "role": "user", "content": f"<tool_response>\n{content}{RESULT_CLOSING}"}
+        return {**message, "role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
     return {**message, "role": "user"} if message["role"] == "system" else message
-
-
-def _with_written_results(messages: Sequence[Plain]) -> list[Plain]:
-    """The messages with results written out that follow calls which are: templates refuse a result without its call."""
-    read = list(messages)
-    for index, message in enumerate(read[1:], start=1):
-        before = read[index - 1]
-        called = (
-            before["role"] == "assistant" and before["content"].endswith(CALL_CLOSING) and not before.get("tool_calls")
-        )
-        if message["role"] == "tool" and (called or before["content"].endswith(RESULT_CLOSING)):
-            read[index] = _written_out(message)
-    return read
 
 
 def _call_text(function: Mapping[str, Any]) -> str:
     """A call in the widespread form of Hermes."""
     call = {"name": function["name"], "arguments": function.get("arguments", {})}
-    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}{CALL_CLOSING}"
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
 
 def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:

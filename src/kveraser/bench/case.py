@@ -153,8 +153,6 @@ def tokenize_context(tokenizer: Any, context: str | Sequence[Mapping[str, Any]])
     """
     transcript = Transcript()
     if isinstance(context, str):
-        if not context.strip():
-            raise InputError("the context is empty: give the text to read")
         read = chat.document(tokenizer, context)
     else:
         read = chat.conversation(tokenizer, [dict(message) for message in context])

@@ -183,6 +183,7 @@ class SessionView:
         undo_steps: operations that can be undone.
         bytes: of keys and values in memory; 0 while the session lies on disk.
         revision: grows with every change.
+        warnings: what of the request that made this view had no effect, and special tokens in it.
     """
 
     id: str
@@ -197,3 +198,4 @@ class SessionView:
     receipts: tuple[dict[str, Any], ...]
     bytes: int
     revision: int
+    warnings: tuple[str, ...] = ()

@@ -7,16 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kveraser.serve.tools import Call, new_id
-
-REASONING = frozenset({"thinking", "reasoning", "reasoning_content"})
-"""Fields whose text is shown between `<think>` markers, as models without a response template write it."""
+from kveraser.template import REASONING
 
 
 class TemplateReader:
     """Takes an answer apart by the tokenizer's response template; used as `CallReader` is.
 
-    Its text must have the special tokens in it, which the template looks for. A call that the template can't read
-    stays text.
+    Reasoning is shown between `<think>` markers, as models without a response template write it. A call that the
+    template can't read stays text.
 
     Args:
         tokenizer: has a `response_template`.
@@ -25,6 +23,9 @@ class TemplateReader:
         most: calls to read; further ones are dropped. None: all.
         make_id: gives each call its id.
     """
+
+    show_special = True
+    """The template looks for special tokens in the answer's text."""
 
     def __init__(
         self,

@@ -50,13 +50,13 @@ from kveraser.serve.store import Store
 from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.tools import CallReader, formats_of
 from kveraser.serve.views import method_cards
-from kveraser.template import ChatOptions, notices
+from kveraser.template import ChatOptions, notices, special_notices
 
 SWEEP_SECONDS = 5.0
+"""How often what has expired is let go."""
 
 ANSWER_TOKENS = 1024
 """Most tokens of an answer where its request names none: a model that never ends would fill its context."""
-"""How often what has expired is let go."""
 
 
 class Service:
@@ -140,7 +140,7 @@ class Service:
         """
         with self._serving():
             reading = await self._in_thread(lambda: self._read(turn))
-            noticed = await self._in_thread(lambda: self._notices(turn))
+            noticed = [] if turn.messages is None else await self._noticed(turn.messages, None, turn.options)
             warnings = (*turn.warnings, *noticed)
             answer = self.conversations.answer(_owner(key), reading, self._capped(turn.sampling), turn.erasing)
             async with aclosing(answer) as events:
@@ -153,8 +153,18 @@ class Service:
         """No answer is longer than its request says, or than the server's own cap where it says nothing."""
         return replace(sampling, max_tokens=self.answer_tokens) if sampling.max_tokens is None else sampling
 
-    def _notices(self, turn: Turn) -> Sequence[str]:
-        return () if turn.messages is None else notices(self.tokenizer, turn.messages, turn.options)
+    async def _noticed(
+        self, messages: Sequence[Mapping[str, Any]] | None, text: str | None, options: ChatOptions
+    ) -> Sequence[str]:
+        """What of a conversation or a text to warn of."""
+
+        def look() -> Sequence[str]:
+            if messages is None:
+                return special_notices(self.tokenizer, {"the text": text}, options.allow_special)
+            return notices(self.tokenizer, messages, options)
+
+        noticed: Sequence[str] = await self._in_thread(look)
+        return noticed
 
     def _read(self, turn: Turn) -> Reading:
         if (turn.messages is None) == (turn.prompt is None):
@@ -191,7 +201,8 @@ class Service:
             else:
                 rendered = await self._in_thread(lambda: chat.document(self.tokenizer, text or "", options))
             turn_open = messages is None and rendered.body_start > 0
-            return await self.sessions.create(_owner(key), rendered, turn_open, ttl)
+            made = await self.sessions.create(_owner(key), rendered, turn_open, ttl)
+            return replace(made, warnings=tuple(await self._noticed(messages, text, options)))
 
     async def list(self, key: str) -> Sequence[SessionView]:
         """The key's sessions, oldest first."""
@@ -269,7 +280,9 @@ class Service:
         with self._serving():
             if (messages is None) == (text is None):
                 raise InputError("append either text or messages")
-            return await self.sessions.append(_owner(key), id, messages, text, allow_special)
+            changed = await self.sessions.append(_owner(key), id, messages, text, allow_special)
+            options = ChatOptions(allow_special=allow_special)
+            return replace(changed, warnings=tuple(await self._noticed(messages, text, options)))
 
     async def ask(
         self,

@@ -207,6 +207,9 @@ class SessionReply(Reply):
     receipts: list[dict[str, Any]]
     bytes: int
     revision: int
+    warnings: list[str] = Field(
+        default_factory=list, description="What of this request had no effect, and special tokens in it."
+    )
 
 
 class SessionsReply(Reply):

@@ -80,6 +80,9 @@ class CallReader:
         thinking: the template has opened `<think>` in front of the answer.
     """
 
+    show_special = False
+    """The answer's text comes without special tokens."""
+
     def __init__(
         self,
         most: int | None = None,

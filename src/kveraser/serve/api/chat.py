@@ -70,8 +70,8 @@ async def chat(body: ChatRequest, request: Request, service: Served, owner: Owne
     """Answers a conversation. What its history lacks of a cached one is erased from the cache, not recomputed."""
     check_model(service, body.model)
     reader, turn = _reader(body, service), body.turn()
-    if isinstance(reader, TemplateReader):
-        turn = replace(turn, sampling=replace(turn.sampling, show_special=True))
+    if reader is not None:
+        turn = replace(turn, sampling=replace(turn.sampling, show_special=reader.show_special))
     generation = Generation(service.generate(owner, turn), request.receive, metrics)
     head: dict[str, Any] = {"id": f"chatcmpl-{token_hex(12)}", "created": int(time.time()), "model": body.model}
     try:
