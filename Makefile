@@ -58,8 +58,10 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@echo "Checking types: mypy"
 	@$(BIN)/mypy
+	@echo "Checking the packages' order: import-linter"
+	@$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports
 	@echo "Checking that tables are what the result files say"
-	@$(BIN)/python -m kveraser.bench.tables --check
+	@$(BIN)/python -m evaluation tables --check
 
 # Every figure that README names. What was stopped goes on; demo and latency begin again.
 results: results-demo results-latency results-frontier results-ruler results-longqa results-eraser
@@ -70,35 +72,35 @@ results-demo: $(BACKBONE)
 	@echo "Measuring: demo"
 	@$(BIN)/kveraser demo --picture docs/results/demo.png --json >docs/results/demo.json.part
 	@mv docs/results/demo.json.part docs/results/demo.json
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 
 results-latency: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
 	@echo "Measuring: latency"
-	@$(BIN)/kveraser bench latency --lengths 1024,2048,4096,8192,16384,32768 --span 100 --depth 0.1 --repeats 3 --json \
+	@$(BIN)/python -m evaluation latency --lengths 1024,2048,4096,8192,16384,32768 --span 100 --depth 0.1 --repeats 3 --json \
 		>docs/results/latency.json.part
 	@mv docs/results/latency.json.part docs/results/latency.json
-	@$(BIN)/kveraser bench report docs/results/latency.json --output runs/latency
+	@$(BIN)/python -m evaluation report docs/results/latency.json --output runs/latency
 	@cp runs/latency/latency.png docs/results/figures/
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 
 results-frontier: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
 	@echo "Measuring: frontier"
-	@$(BIN)/kveraser bench frontier --lengths 512,2048,7680 --cases $(CASES) --seed 1 --workers $(WORKERS) --output runs/frontier \
+	@$(BIN)/python -m evaluation frontier --lengths 512,2048,7680 --cases $(CASES) --seed 1 --workers $(WORKERS) --output runs/frontier \
 		--picture docs/results/figures/frontier.png --json >docs/results/frontier.json.part
 	@mv docs/results/frontier.json.part docs/results/frontier.json
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 
 results-ruler: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
 	@echo "Measuring: conflicting needles"
-	@$(BIN)/kveraser bench quality --suite ruler --tasks needle,variables_1,variables_2,alias_250,alias_1500,restated,summary \
+	@$(BIN)/python -m evaluation quality --suite ruler --tasks needle,variables_1,variables_2,alias_250,alias_1500,restated,summary \
 		--lengths 1024,2048,4096,7680 --cases $(CASES) --seed 1 --output runs/ruler --json >docs/results/ruler.json.part
 	@mv docs/results/ruler.json.part docs/results/ruler.json
-	@$(BIN)/kveraser bench report runs/ruler --output runs/ruler/report
+	@$(BIN)/python -m evaluation report runs/ruler --output runs/ruler/report
 	@cp runs/ruler/report/exact-match.png docs/results/figures/ruler.png
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 
 results-longqa: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
@@ -106,44 +108,41 @@ ifeq ($(DATASET),)
 	@echo "Left out: questions on long documents; name files of them with DATASET=a.json,b.jsonl"
 else
 	@echo "Measuring: questions on long documents"
-	@$(BIN)/kveraser bench quality --suite longqa --dataset $(DATASET) --lengths 512 --cases 500 --seed 1 \
+	@$(BIN)/python -m evaluation quality --suite longqa --dataset $(DATASET) --lengths 512 --cases 500 --seed 1 \
 		--output runs/longqa --json >docs/results/longqa.json.part
 	@mv docs/results/longqa.json.part docs/results/longqa.json
-	@$(BIN)/kveraser bench report runs/longqa --output runs/longqa/report
+	@$(BIN)/python -m evaluation report runs/longqa --output runs/longqa/report
 	@cp runs/longqa/report/quality-cost.png docs/results/figures/longqa.png
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 endif
 
 results-eraser: $(BACKBONE)
 	@mkdir -p runs
 	@echo "Measuring: training throughput"
-	@$(BIN)/kveraser bench train --json >docs/results/training.json.part
+	@$(BIN)/python -m evaluation train --json >docs/results/training.json.part
 	@mv docs/results/training.json.part docs/results/training.json
 	@echo "Measuring: held-out suite"
-	@$(BIN)/kveraser bench quality --suite heldout --corpus $(CORPUS) --lengths 512,1024 --spans 50,200 \
+	@$(BIN)/python -m evaluation quality --suite heldout --corpus $(CORPUS) --lengths 512,1024 --spans 50,200 \
 		--cases $(CASES) --output runs/heldout --json >docs/results/heldout.json.part
 	@mv docs/results/heldout.json.part docs/results/heldout.json
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 
 results-suites: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
-	@echo "Measuring: sharing"
-	@$(BIN)/kveraser bench sharing --lengths 384 --methods "mask;shift;repair(32);kveraser" --json >docs/results/sharing.json.part
-	@mv docs/results/sharing.json.part docs/results/sharing.json
 	@echo "Measuring: all suites"
-	@$(BIN)/kveraser bench quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
+	@$(BIN)/python -m evaluation quality --profile cpu $(if $(DATASET),--dataset $(DATASET)) --output runs/profile --json \
 		>docs/results/profile.json.part
 	@mv docs/results/profile.json.part docs/results/profile.json
-	@$(BIN)/python -m kveraser.bench.tables
-	@$(BIN)/kveraser bench report runs/profile docs/results/latency.json --output runs/report
+	@$(BIN)/python -m evaluation tables
+	@$(BIN)/python -m evaluation report runs/profile docs/results/latency.json --output runs/report
 	@cp runs/report/*.png docs/results/figures/
 	@echo "Wrote docs/results and docs/results.md; the page with the single cases is runs/report/index.html"
 
 results-serving: $(BACKBONE)
 	@echo "Measuring: the server"
-	@$(BIN)/kveraser bench serve --json >docs/results/serving.json.part
+	@$(BIN)/python -m evaluation serve --json >docs/results/serving.json.part
 	@mv docs/results/serving.json.part docs/results/serving.json
-	@$(BIN)/python -m kveraser.bench.tables
+	@$(BIN)/python -m evaluation tables
 
 # From source: there is no wheel of it. Needs cmake and a C++ compiler.
 peers: $(INSTALLED)
@@ -167,7 +166,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(BACKBONE): $(INSTALLED) src/kveraser/bundled.py
 	@echo "Preparing the bundled model (once per machine)"
-	@$(BIN)/python -m kveraser.bundled >/dev/null
+	@$(BIN)/python -m kveraser.model.bundled >/dev/null
 	@touch $@
 
 clean:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from kveraser.backbone import Backbone
-from kveraser.bench.case import BenchCase, Cell, TokenizedCase, TokenizedContext, tokenize_case, tokenize_context
-from kveraser.bench.pool import ANSWER_TOKENS
-from kveraser.bench.results import Answered, CaseResult, Measured
-from kveraser.cache import EditableCache
-from kveraser.decode import greedy
-from kveraser.spans import Selector, Text
-from kveraser.training.cases import Query
+from kveraser.cache.editable import EditableCache
+from kveraser.measure.case import BenchCase, Cell, TokenizedCase, TokenizedContext, tokenize_case, tokenize_context
+from kveraser.measure.pool import ANSWER_TOKENS
+from kveraser.measure.questions import Query
+from kveraser.measure.results import Answered, CaseResult, Measured
+from kveraser.model.backbone import Backbone
+from kveraser.model.decode import greedy
+from kveraser.text.spans import Selector, Text
 
 CONTEXT = (
     "The boat left at six. It was painted blue. The boat left at nine. "

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from kveraser.backbone import Backbone
-from kveraser.session import Session
+from kveraser.model.backbone import Backbone
+from kveraser.session.session import Session
 from tests.sessions import MESSAGES, TEXT
 from tests.tiny import FAMILIES, ROTARY_FAMILIES, attach_random_eraser, tiny_backbone, tiny_tokenizer
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kveraser.backbone import Backbone
-from kveraser.decode import greedy
+from kveraser.model.backbone import Backbone
+from kveraser.model.decode import greedy
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Sampling, Step, TokenLogprob
 from kveraser.serve.held import HeldSession
-from kveraser.spans import Span
-from kveraser.tokenized import TokenizedText
+from kveraser.text.spans import Span
+from kveraser.text.tokenized import TokenizedText
 from tests.sessions import consistent
 from tests.tiny import random_tokens
 

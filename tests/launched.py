@@ -11,7 +11,7 @@ import sys
 
 from torch.distributed.tensor import DTensor
 
-from kveraser.backbone import Backbone
+from kveraser.model.backbone import Backbone
 from kveraser.training.processes import Processes
 
 shard = Processes.shard

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from kveraser.errors import SpanError
-from kveraser.probes import Probe
+from kveraser.measure.probes import Probe
 from kveraser.serve.app import Settings, create_app
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.errors import ContextOverflow, SessionBusy, UnknownSession, as_serve_error
@@ -35,7 +35,7 @@ from kveraser.serve.exchange import (
 )
 from kveraser.serve.service import Service
 from kveraser.serve.tools import CallReader
-from kveraser.spans import selector_from_json
+from kveraser.text.spans import selector_from_json
 
 MODEL = "fake"
 PIECES = ("Rome", ", ", "shelf", " 44", ".")

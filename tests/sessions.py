@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
-from kveraser.context import Context
-from kveraser.decode import score
+from kveraser.cache.editable import EditableCache
+from kveraser.model.backbone import Backbone
+from kveraser.model.decode import score
+from kveraser.session.context import Context
 from tests.tiny import distance, same_bits, snapshot
 
 TEXT = (

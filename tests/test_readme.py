@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kveraser.bench.tables import (
+from evaluation.tables import (
     DOCUMENTS,
     MARKED,
     NOT_MEASURED,

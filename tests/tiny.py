@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
-from kveraser.eraser import Eraser, EraserSettings
+from kveraser.cache.editable import EditableCache
+from kveraser.model.backbone import Backbone
+from kveraser.model.eraser import Eraser, EraserSettings
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("Ġ t", "h e", "Ġt he", "o n", "i n", "in g")

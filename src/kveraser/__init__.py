@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kveraser.backbone import Backbone
-    from kveraser.cache import EditableCache
-    from kveraser.decode import Decoding
-    from kveraser.eraser import Eraser
+    from kveraser.cache.editable import EditableCache
     from kveraser.errors import KVEraserError
+    from kveraser.measure.probes import Probe
+    from kveraser.measure.receipt import Audit, Receipt
     from kveraser.methods import METHODS, make_method
-    from kveraser.probes import Probe
-    from kveraser.receipt import Audit, Receipt
-    from kveraser.session import Answer, Session
-    from kveraser.spans import Characters, Message, Pattern, Text, Tokens, ToolCall
+    from kveraser.model.backbone import Backbone
+    from kveraser.model.decode import Decoding
+    from kveraser.model.eraser import Eraser
+    from kveraser.session.session import Answer, Session
+    from kveraser.text.spans import Characters, Message, Pattern, Text, Tokens, ToolCall
     from kveraser.training.loop import train
 
 _HOMES = {
-    "Answer": "session",
-    "Audit": "receipt",
-    "Backbone": "backbone",
-    "Characters": "spans",
-    "Decoding": "decode",
-    "EditableCache": "cache",
-    "Eraser": "eraser",
+    "Answer": "session.session",
+    "Audit": "measure.receipt",
+    "Backbone": "model.backbone",
+    "Characters": "text.spans",
+    "Decoding": "model.decode",
+    "EditableCache": "cache.editable",
+    "Eraser": "model.eraser",
     "KVEraserError": "errors",
     "METHODS": "methods",
-    "Message": "spans",
-    "Pattern": "spans",
-    "Probe": "probes",
-    "Receipt": "receipt",
-    "Session": "session",
-    "Text": "spans",
-    "Tokens": "spans",
-    "ToolCall": "spans",
+    "Message": "text.spans",
+    "Pattern": "text.spans",
+    "Probe": "measure.probes",
+    "Receipt": "measure.receipt",
+    "Session": "session.session",
+    "Text": "text.spans",
+    "Tokens": "text.spans",
+    "ToolCall": "text.spans",
     "make_method": "methods",
     "train": "training.loop",
 }

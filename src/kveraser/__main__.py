@@ -1,5 +1,5 @@
 """`python -m kveraser`, and so `accelerate launch -m kveraser` and `torchrun -m kveraser`."""
 
-from kveraser.cli import main
+from kveraser.cli.main import main
 
 main()

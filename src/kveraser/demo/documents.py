@@ -33,7 +33,7 @@ class Document:
         story: what happened, and why the span must go.
         context: the text, or None where `messages` hold a conversation.
         messages, tools: the conversation in the OpenAI format, or None.
-        erase: the span, in the form that `kveraser.spans.selector_from_json` reads.
+        erase: the span, in the form that `kveraser.text.spans.selector_from_json` reads.
         questions: their answers change with the span.
         unrelated: the span never touched what these ask for.
     """

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kveraser.audit import References
-from kveraser.backbone import Backbone
-from kveraser.chat import question_text
 from kveraser.demo.documents import Document
 from kveraser.errors import EraserError
+from kveraser.measure.audit import References
+from kveraser.measure.packing import greedy_together
+from kveraser.measure.probes import Probe
+from kveraser.measure.receipt import Audit, Receipt
 from kveraser.methods import make_method
-from kveraser.packed import greedy_together
-from kveraser.probes import Probe
-from kveraser.receipt import Audit, Receipt
-from kveraser.session import Session
-from kveraser.spans import selector_from_json
-from kveraser.template import mentions
+from kveraser.model.backbone import Backbone
+from kveraser.session.session import Session
+from kveraser.text.chat import question_text
+from kveraser.text.spans import selector_from_json
+from kveraser.text.template import mentions
 
 ANSWER_TOKENS = 24
 

@@ -8,7 +8,6 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from kveraser.backbone import Backbone
 from kveraser.errors import KVEraserError, MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method
 from kveraser.methods.blank import Blank
@@ -21,6 +20,7 @@ from kveraser.methods.repair import Repair
 from kveraser.methods.selective import Selective
 from kveraser.methods.shift import Shift
 from kveraser.methods.zero_value import ZeroValue
+from kveraser.model.backbone import Backbone
 
 METHODS: dict[str, type[Method]] = {
     method.name: method

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
+from kveraser.cache.editable import EditableCache
 from kveraser.errors import MethodError
-from kveraser.spans import Span
+from kveraser.model.backbone import Backbone
+from kveraser.text.spans import Span
 
 NOT_LIVE = -1
 """Stands for a slot that holds no token of the text: steering states, blanked values, a method's own words."""

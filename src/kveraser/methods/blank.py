@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
+from kveraser.cache.editable import EditableCache
 from kveraser.errors import MethodError
 from kveraser.methods.base import Erased, Method, result, silenced
-from kveraser.spans import Span
+from kveraser.model.backbone import Backbone
+from kveraser.text.spans import Span
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
-from kveraser.chat import as_turn, has_template
+from kveraser.cache.editable import EditableCache
 from kveraser.errors import MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method, result, silenced
-from kveraser.spans import Span
-from kveraser.tokenized import encode
+from kveraser.model.backbone import Backbone
+from kveraser.text.chat import as_turn, has_template
+from kveraser.text.spans import Span
+from kveraser.text.tokenized import encode
 
 QUOTED_WORDS = 24
 

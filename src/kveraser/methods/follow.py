@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
-from kveraser.echoes import most_contaminated
+from kveraser.cache.editable import EditableCache
 from kveraser.methods.base import Erased, Method, check_widths, recompute_scattered, result
+from kveraser.methods.overlap import most_contaminated
 from kveraser.methods.shift import Shift
-from kveraser.spans import Span
+from kveraser.model.backbone import Backbone
+from kveraser.text.spans import Span
 
 
 @dataclass(frozen=True)

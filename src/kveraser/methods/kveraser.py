@@ -8,13 +8,13 @@ from math import ceil
 
 import torch
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
-from kveraser.eraser import LAYOUTS, SLOT_EMBEDDINGS, Layout, unknown_layout
+from kveraser.cache.editable import EditableCache
 from kveraser.errors import MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method, check_widths, close_gap, recompute_window, result, silenced
-from kveraser.spans import Span
-from kveraser.steering import compact_states, steering_positions
+from kveraser.model.backbone import Backbone
+from kveraser.model.eraser import LAYOUTS, SLOT_EMBEDDINGS, Layout, unknown_layout
+from kveraser.steering.states import compact_states, steering_positions
+from kveraser.text.spans import Span
 
 DEFAULT_WINDOW = 16
 """The repair window of an eraser that was not trained for one."""

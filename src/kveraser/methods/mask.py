@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
+from kveraser.cache.editable import EditableCache
 from kveraser.methods.base import Erased, Method, result, without
-from kveraser.spans import Span
+from kveraser.model.backbone import Backbone
+from kveraser.text.spans import Span
 
 
 @dataclass(frozen=True)

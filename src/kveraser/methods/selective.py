@@ -9,13 +9,13 @@ from math import ceil
 
 import torch
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
+from kveraser.cache.editable import EditableCache
+from kveraser.cache.probe import ProbingCache, StopForward
 from kveraser.errors import MethodError
 from kveraser.methods.base import NOT_LIVE, Erased, Method, result
 from kveraser.methods.shift import Shift
-from kveraser.scratch_cache import ProbingCache, StopForward
-from kveraser.spans import Span
+from kveraser.model.backbone import Backbone
+from kveraser.text.spans import Span
 
 PROBED_LAYER = 1
 """The first layer whose values depend on other tokens: the earliest at which a deviation can show."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kveraser.backbone import Backbone
-from kveraser.cache import EditableCache
-from kveraser.cache_layer import EditableLayer
+from kveraser.cache.editable import EditableCache
+from kveraser.cache.layer import EditableLayer
+from kveraser.model.backbone import Backbone
 
 ROWS = "kveraser_rows_over_"
 """In front of a model's own attention, the name of the one that runs it row by row."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from kveraser.errors import ContextLengthError, KVEraserError
+from kveraser.measure.receipt import Receipt
 from kveraser.methods import make_method
-from kveraser.receipt import Receipt
 from kveraser.serve.background import Background
 from kveraser.serve.engine import Engine, Held, Sampling
 from kveraser.serve.entries import Entry, Measured, Source
@@ -23,7 +23,7 @@ from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, reuse, run_again
 from kveraser.serve.rendering import Reading
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.store import Store
-from kveraser.spans import Span
+from kveraser.text.spans import Span
 
 BRANCH_TOKENS = 64
 """A request that gives up more than this of what the last one asked with is a branch: the context is copied for it."""

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from kveraser.backbone import PREFILL_CHUNK, Backbone
-from kveraser.decode import AnswerText, Decoding, end_tokens
 from kveraser.errors import BackboneError, EraserError, InputError, SessionError
+from kveraser.measure.probes import Probe
+from kveraser.measure.receipt import Audit, Receipt
 from kveraser.methods import METHODS, default_method, make_method
-from kveraser.probes import Probe
-from kveraser.receipt import Audit, Receipt
+from kveraser.model.backbone import PREFILL_CHUNK, Backbone
+from kveraser.model.decode import AnswerText, Decoding, end_tokens
 from kveraser.serve.batch import can_step_together, step_together
 from kveraser.serve.engine import Held, Sampling, Step, Stream, TokenLogprob
 from kveraser.serve.held import ANSWER_ROOM, NOTICE_ROOM, HeldSession
 from kveraser.serve.sampling import Sampler
-from kveraser.session import Session
-from kveraser.spans import Span, Tokens, Transcript
-from kveraser.tokenized import TokenizedText
+from kveraser.session.session import Session
+from kveraser.text.spans import Span, Tokens, Transcript
+from kveraser.text.tokenized import TokenizedText
 
 
 class _Answer:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kveraser.probes import Probe
-from kveraser.receipt import Audit, Receipt
-from kveraser.spans import Span, Transcript
-from kveraser.tokenized import TokenizedText
+from kveraser.measure.probes import Probe
+from kveraser.measure.receipt import Audit, Receipt
+from kveraser.text.spans import Span, Transcript
+from kveraser.text.tokenized import TokenizedText
 
 
 @dataclass(frozen=True)

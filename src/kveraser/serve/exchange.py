@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.tool_results import ToolResultEdit
-from kveraser.template import DEFAULT_OPTIONS, ChatOptions
+from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
 
 Action = Literal["prefill", "append", "erase", "recompute", "prefix"]
 Caches = Literal["edited", "unerased", "exact"]

@@ -20,7 +20,7 @@ from kveraser.errors import KVEraserError
 from kveraser.methods import make_method
 from kveraser.serve.engine import Sampling
 from kveraser.serve.exchange import Erasing
-from kveraser.spans import selector_from_json
+from kveraser.text.spans import selector_from_json
 
 WHOLE = 2**31 - 1
 """Larger numbers of tokens, messages or steps mean nothing."""
@@ -160,7 +160,7 @@ Selector = Annotated[
         }
     ),
 ]
-"""A span as `kveraser.spans.selector_from_json` reads it."""
+"""A span as `kveraser.text.spans.selector_from_json` reads it."""
 
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kveraser import chat
-from kveraser.context import Marks
-from kveraser.decode import text_with_offsets
 from kveraser.errors import InputError, SessionError
 from kveraser.methods import METHODS, NOT_LIVE
-from kveraser.session import Session
-from kveraser.tokenized import TokenizedText
+from kveraser.model.decode import text_with_offsets
+from kveraser.session.context import Marks
+from kveraser.session.session import Session
+from kveraser.text import chat
+from kveraser.text.tokenized import TokenizedText
 
 ANSWER_ROOM = 64
 """Slots that a context gets beside those of its text, so that an answer rarely moves anything."""

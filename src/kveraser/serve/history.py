@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from kveraser.spans import Span
+from kveraser.text.spans import Span
 
 SPAN_TOKENS = 32
 """What a removed span must save, in tokens. Erasing one costs about as much (`repair(32)`), and is not exact."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from kveraser import chat
-from kveraser.decode import text_with_offsets
 from kveraser.errors import InputError
+from kveraser.model.decode import text_with_offsets
 from kveraser.serve.tool_results import ToolResultEdit, ToolUse, without_inputs, without_result
-from kveraser.spans import MessageRange, Transcript
-from kveraser.template import DEFAULT_OPTIONS, ChatOptions
-from kveraser.tokenized import TokenizedText, check_characters, encode, tokenize, unescaped
+from kveraser.text import chat
+from kveraser.text.spans import MessageRange, Transcript
+from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
+from kveraser.text.tokenized import TokenizedText, check_characters, encode, tokenize, unescaped
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kveraser.serve.tools import Call, new_id
-from kveraser.template import REASONING
+from kveraser.text.template import REASONING
 
 
 class TemplateReader:

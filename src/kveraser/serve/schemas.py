@@ -10,7 +10,7 @@ from kveraser.serve.exchange import Erasing, Turn
 from kveraser.serve.fields import WHOLE, Hint, Ignored, KVEraserFields, Request, SamplingFields, ignored, only
 from kveraser.serve.messages import Messages, Tool, answered
 from kveraser.serve.tool_results import ToolResultEdit
-from kveraser.template import ChatOptions
+from kveraser.text.template import ChatOptions
 
 COMPLETION_TOKENS = 16
 """Default length of a completion, as in OpenAI's API; an answer in a chat may fill the context."""

@@ -8,7 +8,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 
 from kveraser.errors import SpanError
-from kveraser.spans import Pattern, Selector, Span, Transcript, selector_from_json
+from kveraser.text.spans import Pattern, Selector, Span, Transcript, selector_from_json
 
 PATTERN_SECONDS = 0.5
 """How long a client's regular expression may look."""

@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kveraser import chat
 from kveraser.errors import InputError, KVEraserError
-from kveraser.probes import Probe
+from kveraser.measure.probes import Probe
 from kveraser.serve.background import Background
 from kveraser.serve.conversations import Conversations
 from kveraser.serve.engine import Engine, Sampling, TokenLogprob
@@ -50,7 +49,8 @@ from kveraser.serve.store import Store
 from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.tools import CallReader, formats_of
 from kveraser.serve.views import method_cards
-from kveraser.template import ChatOptions, notices, special_notices
+from kveraser.text import chat
+from kveraser.text.template import ChatOptions, notices, special_notices
 
 SWEEP_SECONDS = 5.0
 """How often what has expired is let go."""

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kveraser.probes import Probe
-from kveraser.receipt import ProbeKind
+from kveraser.measure.probes import Probe
+from kveraser.measure.receipt import ProbeKind
 from kveraser.serve.engine import Sampling
 from kveraser.serve.exchange import Caches
 from kveraser.serve.fields import (

@@ -7,9 +7,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from kveraser import chat
 from kveraser.errors import InputError, SessionError
-from kveraser.probes import Probe
+from kveraser.measure.probes import Probe
 from kveraser.serve.background import Background
 from kveraser.serve.conversations import ANSWER_TOKENS, Conversations
 from kveraser.serve.engine import Engine, Held, Sampling
@@ -34,9 +33,10 @@ from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.selecting import read_selectors
 from kveraser.serve.store import Store
 from kveraser.serve.views import message_views, summary, token_views
-from kveraser.spans import resolve
-from kveraser.template import ChatOptions
-from kveraser.tokenized import TokenizedText, tokenize
+from kveraser.text import chat
+from kveraser.text.spans import resolve
+from kveraser.text.template import ChatOptions
+from kveraser.text.tokenized import TokenizedText, tokenize
 
 T = TypeVar("T")
 

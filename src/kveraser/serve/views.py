@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from kveraser.methods import make_method
 from kveraser.serve.entries import Entry
 from kveraser.serve.exchange import MessageView, MethodCard, SessionView, TokenView
-from kveraser.spans import Transcript
+from kveraser.text.spans import Transcript
 
 
 def summary(

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from kveraser import chat
-from kveraser.backbone import Backbone
+from kveraser.model.backbone import Backbone
+from kveraser.text import chat
 from kveraser.training.cases import Case, TokenizedCase, tokenize
 from kveraser.training.distill import Shape, context, shape
 

@@ -18,8 +18,9 @@ from typing import Any, Literal, get_args
 from kveraser import __version__
 from kveraser.errors import InputError
 from kveraser.files import replacing
+from kveraser.measure.questions import QueryKind
 from kveraser.training.arrow import write_arrow
-from kveraser.training.cases import Case, QueryKind, read_cases, tokenize_with
+from kveraser.training.cases import Case, read_cases, tokenize_with
 from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
 from kveraser.training.split import Split
 from kveraser.training.tasks import TASKS, TaskSettings, task_cases

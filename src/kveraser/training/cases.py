@@ -3,71 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-import string
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from kveraser import chat
-from kveraser.backbone import Backbone
 from kveraser.errors import InputError
 from kveraser.files import replacing
-from kveraser.spans import Span, Transcript
-from kveraser.tokenized import encode
+from kveraser.measure.questions import Query, QueryKind
+from kveraser.model.backbone import Backbone
+from kveraser.text import chat
+from kveraser.text.spans import Span, Transcript
 from kveraser.training.arrow import read_arrow
-
-QueryKind = Literal["influence", "leak", "no_harm"]
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question and the text that is forced as its answer.
-
-    Attributes:
-        question: the user's words; None continues the context itself.
-        answer: the text whose tokens are compared; with no question, what would follow the context.
-        kind: `influence` (the span may steer the answer: about what it contradicted, or about later text that built on
-            it), `leak` (asks for the erased text, and the answer is that text) or `no_harm` (about what the span never
-            touched).
-        accepted: strings of which a greedy answer must contain one, after `normalized`; empty: not scored.
-        wrong: strings of which it must contain none.
-        answer_prefix: text that the assistant's turn begins with, in front of the answer; needs a question and a chat
-            template.
-    """
-
-    question: str | None
-    answer: str
-    kind: QueryKind = "influence"
-    accepted: tuple[str, ...] = ()
-    wrong: tuple[str, ...] = ()
-    answer_prefix: str = ""
-
-    def tokens(self, tokenizer: Any, turn_open: bool, case: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What is appended to the cache, and the answer that is forced after it, as token ids.
-
-        Args:
-            turn_open: the context ends inside the user's turn.
-            case: id of the case, for messages.
-
-        Raises:
-            InputError: an answer without tokens, or an answer prefix without a question or a chat template.
-        """
-        answer = tuple(encode(tokenizer, chat.answer_text(self.answer, self.answer_prefix), follows=True)[0])
-        if self.question is None:
-            if self.answer_prefix:
-                raise InputError(f"case {case}: an answer prefix ({self.answer_prefix!r}) needs a question: give one")
-            prompt, answer = answer[:CONTINUED_TOKENS], answer[CONTINUED_TOKENS:]
-        else:
-            try:
-                text = chat.question_text(tokenizer, self.question, turn_open, self.answer_prefix)
-            except InputError as error:
-                raise InputError(f"case {case}: {error}") from error
-            prompt = tuple(encode(tokenizer, text, follows=True)[0])
-        if not answer:
-            raise InputError(f"case {case}: the answer {self.answer!r} has no tokens to compare: make it longer")
-        return prompt, answer
 
 
 @dataclass(frozen=True)
@@ -108,10 +55,6 @@ class TokenizedCase:
         return len(self.prefix) + len(self.span) + len(self.suffix)
 
 
-CONTINUED_TOKENS = 4
-"""Tokens of a continuation that are given, since the first one is predicted by a token inside the cache."""
-
-
 def tokenize(backbone: Backbone, case: Case) -> TokenizedCase:
     """Cut a case into tokens exactly as `Session` does: see `tokenize_with`."""
     return tokenize_with(backbone.tokenizer, case)
@@ -141,12 +84,6 @@ def tokenize_with(tokenizer: Any, case: Case) -> TokenizedCase:
         accepted=tuple(query.accepted for query in case.queries),
         wrong=tuple(query.wrong for query in case.queries),
     )
-
-
-def normalized(text: str) -> str:
-    """Text as SQuAD compares answers (arXiv:1606.05250): lower case, no punctuation, no articles, single spaces."""
-    bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def write_cases(path: str | Path, cases: Iterable[Case]) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kveraser.eraser import Eraser, EraserSettings
-from kveraser.support import check_model
+from kveraser.model.eraser import Eraser, EraserSettings
+from kveraser.model.support import check_model
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.recipe import Recipe
 

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from transformers.cache_utils import DynamicCache
 
-from kveraser.backbone import Backbone
-from kveraser.cache import KeyValue
-from kveraser.eraser import EraserSettings
-from kveraser.packed import Pair, pack
-from kveraser.scratch_cache import splice
-from kveraser.steering import compact_states, span_states, steering_positions
+from kveraser.cache.editable import KeyValue
+from kveraser.cache.probe import splice
+from kveraser.measure.packing import Pair, pack
+from kveraser.model.backbone import Backbone
+from kveraser.model.eraser import EraserSettings
+from kveraser.steering.states import compact_states, span_states, steering_positions
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.checkpoint import TrainingError
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from kveraser.audit import fidelity_interval
-from kveraser.backbone import Backbone
-from kveraser.eraser import Eraser
 from kveraser.errors import InputError
+from kveraser.measure.audit import fidelity_interval
+from kveraser.model.backbone import Backbone
+from kveraser.model.eraser import Eraser
 from kveraser.training.batches import Order, batches, tokenized
 from kveraser.training.cases import TokenizedCase, read_cases
 from kveraser.training.checkpoint import TrainingError, read_checkpoint, write_checkpoint

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kveraser.backbone import DEFAULT_BACKBONE, Backbone
-from kveraser.eraser import Eraser, EraserSettings
 from kveraser.errors import ContextLengthError, InputError
+from kveraser.model.backbone import DEFAULT_BACKBONE, Backbone
+from kveraser.model.eraser import Eraser, EraserSettings
 from kveraser.training.batches import trimmed
 from kveraser.training.cases import Case, TokenizedCase, read_cases, tokenize_with
 from kveraser.training.cost import CaseShape, ModelShape, Part, case_flops, case_shape, memory, model_shape
@@ -195,7 +195,7 @@ def load_tokenizer(source: str) -> Any:
 def _place(source: str) -> str:
     if source != DEFAULT_BACKBONE:
         return source
-    from kveraser.bundled import bundled_backbone_folder
+    from kveraser.model.bundled import bundled_backbone_folder
 
     return str(bundled_backbone_folder())
 

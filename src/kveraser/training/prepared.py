@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kveraser.backbone import Backbone
 from kveraser.files import replacing
+from kveraser.model.backbone import Backbone
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.distill import PreparedBatch, log_probabilities, split_states
 

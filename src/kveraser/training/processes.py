@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 
-from kveraser.backbone import Backbone
 from kveraser.errors import BackboneError
+from kveraser.model.backbone import Backbone
 
 
 class Processes:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kveraser.backbone import DEFAULT_BACKBONE
-from kveraser.eraser import EraserSettings, Layout
 from kveraser.errors import InputError
+from kveraser.model.backbone import DEFAULT_BACKBONE
+from kveraser.model.eraser import EraserSettings, Layout
 
 
 class _Strict(BaseModel):

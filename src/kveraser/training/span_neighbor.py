@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import exp, log
 
 from kveraser.errors import InputError
-from kveraser.training.cases import Case, Query
+from kveraser.measure.questions import Query
+from kveraser.training.cases import Case
 from kveraser.training.split import Split, split_passages
 
 FOLLOWS: dict[Split, tuple[str, ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from kveraser.errors import InputError
-from kveraser.training.cases import Query
+from kveraser.measure.questions import Query
 from kveraser.training.tasks.passages import Passages
 from kveraser.training.tasks.story import Story, aside_of, later_texts
 from kveraser.training.tasks.tables import Cast, Tables, Value, fill, initials, substitute

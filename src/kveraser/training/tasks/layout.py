@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
 
-from kveraser.training.cases import Case, Query, normalized
+from kveraser.measure.questions import Query, normalized
+from kveraser.training.cases import Case
 from kveraser.training.tasks.passages import Reader, clip, first_sentence, topic
 from kveraser.training.tasks.span_text import span_text
 from kveraser.training.tasks.story import LONGEST_ANSWER, Story

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kveraser.training.cases import Query
+from kveraser.measure.questions import Query
 from kveraser.training.tasks.tables import Cast, Scene, Tables, Value, fill, substitute
 
 Style = Literal["page", "records", "json", "message"]

@@ -1,0 +1,485 @@
+"""The editable KV cache: preallocated, written in place, undone bit for bit.
+
+Together with `cache_layer` and `scratch_cache` the only file that touches cache internals. Three ideas carry it:
+
+- **Slots and positions are two things.** A slot is an index into the buffers; its position is what the rotary embedding
+  was given. They start equal and part after an edit, so the cache carries `positions` (one per slot) and
+  `next_position`. Every slot in the cache is visible to every later one: what must not be seen is not kept.
+- **Edits are journalled.** `edit()` opens a journal; `overwriting`, `drop`, `rotate` and `set_values` record the
+  old bits they destroy. An exception inside `edit()` puts everything back; a finished journal can be reverted later.
+- **The cache knows how much of itself is exact.** `exact_length` counts the leading slots that equal a fresh prefill of
+  the live tokens up to them; an edit lowers it, an append raises it only when nothing inexact lies before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from transformers.cache_utils import Cache
+
+from kveraser.cache.layer import GROWTH_MULTIPLE, EditableLayer
+from kveraser.errors import CacheError
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each `[batch, kv_heads, slots, head_dim]`."""
+
+
+@dataclass
+class Step:
+    """One loss inside an edit: what was done to slots `[start, end)` of `length`, and their old states, a pair a layer.
+
+    With `slots` (int64, increasing) only these were lost, and the states are theirs. `moved` tells how far a drop has
+    come: the number of buffers of which the suffix has moved up for certain, and the suffix of the next one while it
+    moves.
+    """
+
+    kind: Literal["overwrite", "drop", "truncate"]
+    start: int
+    end: int
+    length: int
+    states: list[tuple[torch.Tensor | None, torch.Tensor | None]]
+    slots: torch.Tensor | None = None
+    moved: tuple[int, torch.Tensor | None] = (0, None)
+
+
+@dataclass
+class Journal:
+    """What an edit destroyed: enough to put every bit back, and nothing more.
+
+    `steps` hold the old states in the order in which they were lost; `positions`, `next_position` and `exact_length`
+    are the bookkeeping before the edit. `bytes_written` counts keys and values written or moved, over all layers.
+    """
+
+    length: int
+    positions: torch.Tensor
+    next_position: int
+    exact_length: int
+    steps: list[Step] = field(default_factory=list)
+    bytes_written: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held for undo."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for step in self.steps
+            for pair in step.states
+            for tensor in pair
+            if tensor is not None
+        )
+
+    def copy(self) -> Journal:
+        """An independent copy: forgetting this one leaves it whole."""
+        steps = [
+            replace(
+                step,
+                states=[(_clone(key), _clone(value)) for key, value in step.states],
+                moved=(step.moved[0], _clone(step.moved[1])),
+            )
+            for step in self.steps
+        ]
+        return replace(self, steps=steps)
+
+    def wipe(self) -> None:
+        """Overwrite the old states with zeros. The edit can't be reverted any more."""
+        for step in self.steps:
+            for state in (*(state for pair in step.states for state in pair), step.moved[1]):
+                if state is not None:
+                    state.zero_()
+
+
+def _clone(states: torch.Tensor | None) -> torch.Tensor | None:
+    return None if states is None else states.clone()
+
+
+class EditableCache(Cache):
+    """A KV cache whose slots can be overwritten, dropped and rotated in place, and put back bit for bit.
+
+    It is a `transformers` cache: pass it as `past_key_values` to the model's own forward or `generate`. These number
+    tokens by slot unless told otherwise: behind a hole, pass `position_ids` from `next_position` on.
+
+    Args:
+        layers: number of decoder layers.
+        capacity: slots to allocate up front; the buffers grow when they are full.
+
+    Attributes:
+        positions: float64 tensor `[length]`, the position every slot was computed at; fractional for steering slots of
+            the closed layout.
+        next_position: position of the next token to be appended.
+        exact_length: leading slots that equal a fresh prefill of the same live tokens.
+    """
+
+    layers: list[EditableLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: int, capacity: int = GROWTH_MULTIPLE) -> None:
+        super().__init__(layers=[EditableLayer(capacity) for _ in range(layers)])
+        self._positions = torch.zeros(0, dtype=torch.float64)
+        self._next_position: int = 0
+        self._exact_length = 0
+        self._journal: Journal | None = None
+
+    # Bookkeeping
+
+    @property
+    def length(self) -> int:
+        """Slots in use."""
+        return self.layers[0].length
+
+    @property
+    def positions(self) -> torch.Tensor:
+        self._follow_foreign_writes()
+        return self._positions
+
+    @property
+    def next_position(self) -> int:
+        self._follow_foreign_writes()
+        return self._next_position
+
+    @property
+    def exact_length(self) -> int:
+        self._follow_foreign_writes()
+        return self._exact_length
+
+    def _follow_foreign_writes(self) -> None:
+        """Account for slots that `generate` or `crop` added or removed, which know nothing of positions."""
+        length = self.length
+        known = self._positions.numel()
+        if length < known:
+            # The position that follows is that of the first slot forgotten, whatever lies before it.
+            self._next_position = int(self._positions[length].ceil())
+            self._exact_length = min(self._exact_length, length)
+            self._positions = self._positions[:length]
+        elif length > known:
+            # A forward pass without position_ids numbers its tokens by slot.
+            self._record_append(torch.arange(known, length, dtype=torch.float64))
+
+    def _record_append(self, positions: torch.Tensor) -> None:
+        known = self._positions.numel()
+        # A fresh prefill puts every token at the position of its slot: behind a hole nothing is exact.
+        if self._exact_length == known and bool((positions == torch.arange(known, known + len(positions))).all()):
+            self._exact_length = known + positions.numel()
+        self._positions = torch.cat([self._positions, positions])
+        self._next_position = int(positions[-1].floor()) + 1
+        if self._journal is not None:
+            self._journal.bytes_written += self._journal_bytes(positions.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots in use, over all layers."""
+        return sum(
+            states.numel() * states.element_size()
+            for pair in (self.read(0, self.length) if self.length else ())
+            for states in pair
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is room for before the buffers grow."""
+        return self.layers[0].capacity
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of the buffers, over all layers: those of slots in use, and of the room behind them."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` in all. Appends beyond the capacity would grow the buffers by half."""
+        for layer in self.layers:
+            layer.reserve(slots, exactly=True)
+
+    def read(self, start: int, end: int) -> list[KeyValue]:
+        """Views of slots `[start, end)` of every layer: keys and values `[batch, kv_heads, end - start, head_dim]`."""
+        self._check_range(start, end)
+        return [(layer.keys[:, :, start:end], layer.values[:, :, start:end]) for layer in self.layers]  # type: ignore[index]
+
+    def _check_range(self, start: int, end: int) -> None:
+        if not 0 <= start <= end <= self.length:
+            raise CacheError(f"slots [{start}, {end}) lie outside the cache's {self.length} slots")
+
+    # Writing with the model
+
+    @contextmanager
+    def appending(self, positions: torch.Tensor) -> Iterator[None]:
+        """A forward pass inside appends slots at `positions` (float64 `[tokens]`); an exception takes them back."""
+        self._follow_foreign_writes()
+        start = self.length
+        try:
+            yield
+            self._check_written(self.length - start, positions.numel())
+            self._record_append(positions.to(dtype=torch.float64, device="cpu"))
+        except BaseException:
+            self._set_length(start)
+            raise
+
+    @staticmethod
+    def _check_written(written: int, announced: int) -> None:
+        if written != announced:
+            raise CacheError(f"the forward pass wrote {written} slots where {announced} were announced")
+
+    @contextmanager
+    def overwriting(self, start: int, positions: torch.Tensor) -> Iterator[None]:
+        """A forward pass inside sees slots `[0, start)` and overwrites the `positions.numel()` slots that follow.
+
+        The slots after them are neither seen nor touched. No copy of the cache is made: the cursor steps back and
+        returns. Needs an open `edit()`.
+        """
+        end = start + positions.numel()
+        self._save("overwrite", start, end)
+        length = self.length
+        try:
+            self._set_length(start)
+            for layer in self.layers:
+                layer.limit = end
+            yield
+            self._check_written(self.length - start, positions.numel())
+        finally:
+            for layer in self.layers:
+                layer.limit = None
+            self._set_length(length)
+        self._positions = self._positions.clone()
+        self._positions[start:end] = positions.to(dtype=torch.float64, device="cpu")
+
+    @contextmanager
+    def overwriting_scattered(self, start: int, slots: torch.Tensor) -> Iterator[None]:
+        """A forward pass inside overwrites the given `slots` (int64 `[tokens]`, increasing) and sees all the cache.
+
+        The caller passes a four-dimensional mask that lets each token see the slots up to its own; the slots keep their
+        positions. From slot `start` on nothing counts as exact any more. Needs `edit()`.
+        """
+        if slots.numel() and not start <= int(slots.min()) <= int(slots.max()) < self.length:
+            raise CacheError(f"slots {slots.tolist()} lie outside [{start}, {self.length}), where they may be written")
+        self._save("overwrite", start, self.length, slots=slots)
+        index = slots.to(self.layers[0].keys.device)  # type: ignore[union-attr]
+        try:
+            for layer in self.layers:
+                layer.scattered = index
+            yield
+        finally:
+            for layer in self.layers:
+                layer.scattered = None
+
+    def truncate(self, length: int) -> None:
+        """Forget the slots from `length` on. Outside `edit()` they are gone; inside, they come back on undo."""
+        self._check_range(length, self.length)
+        self._follow_foreign_writes()
+        if self._journal is not None:
+            self._save("truncate", length, self.length)
+        self._set_length(length)
+        self._follow_foreign_writes()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in transformers: a positive number is how many slots stay, a negative one how many go."""
+        # Accounted for at once: what is appended next could make up the length again.
+        self.truncate(self.layers[0].cropped(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all slots, as in transformers."""
+        self.truncate(0)
+        self._next_position = 0
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+
+    # Editing in place, with undo
+
+    @contextmanager
+    def edit(self) -> Iterator[Journal]:
+        """Open a journal for in-place edits. An exception inside, Ctrl-C included, restores every bit.
+
+        Raises:
+            CacheError: an edit is already open on this cache.
+        """
+        if self._journal is not None:
+            raise CacheError("an edit is already open on this cache: finish it before starting another")
+        self._follow_foreign_writes()
+        journal = Journal(self.length, self._positions, self._next_position, self._exact_length)
+        try:
+            self._journal = journal
+            yield journal
+        except BaseException:
+            self._journal = None
+            self.revert(journal)
+            raise
+        finally:
+            self._journal = None
+
+    def _save(
+        self,
+        kind: Literal["overwrite", "drop", "truncate"],
+        start: int,
+        end: int,
+        keys: bool = True,
+        values: bool = True,
+        slots: torch.Tensor | None = None,
+        layer: int | None = None,
+    ) -> Step:
+        self._check_range(start, end)
+        if self._journal is None:
+            raise CacheError("in-place edits need an open journal: use `with cache.edit():`")
+        self._follow_foreign_writes()
+
+        def kept(number: int, states: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+            if not wanted or layer not in (None, number):
+                return None
+            return states.clone() if slots is None else states.index_select(2, (slots - start).to(states.device))
+
+        states = [
+            (kept(number, key, keys), kept(number, value, values))
+            for number, (key, value) in enumerate(self.read(start, end) if end > start else [])
+        ]
+        step = Step(kind, start, end, self.length, states, slots)
+        self._journal.steps.append(step)
+        if kind == "overwrite":
+            written = end - start if slots is None else slots.numel()
+            parts = (keys + values) / 2 / (1 if layer is None else len(self.layers))
+            self._journal.bytes_written += int(self._journal_bytes(written) * parts)
+        if end > start:
+            self._exact_length = min(self._exact_length, start)
+        return step
+
+    def _journal_bytes(self, slots: int) -> int:
+        return self.nbytes // self.length * slots if self.length else 0
+
+    def drop(self, start: int, end: int) -> None:
+        """Remove slots `[start, end)`; later slots move up, their positions stay. Costs one move of the suffix."""
+        step = self._save("drop", start, end)
+        length, buffers = self.length, self._buffers()
+        for index, buffer in enumerate(buffers):
+            # Source and target overlap, so the suffix goes through a temporary, kept while an interrupt may come.
+            suffix = buffer[:, :, end:length].clone()
+            step.moved = (index, suffix)
+            buffer[:, :, start : length - (end - start)] = suffix
+        step.moved = (len(buffers), None)
+        assert self._journal is not None
+        self._journal.bytes_written += self._journal_bytes(length - end)
+        self._positions = torch.cat([self._positions[:start], self._positions[end:]])
+        self._set_length(length - (end - start))
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None]
+
+    def rotate(self, start: int, end: int, keys: Iterable[torch.Tensor], delta: float) -> None:
+        """Replace the keys of slots `[start, end)` by re-rotated ones (one tensor a layer) and move them by `delta`.
+
+        Positions of the slots, and `next_position` when the slots reach the end of the cache, move with them.
+        """
+        self._save("overwrite", start, end, values=False)
+        for layer, new in zip(self.layers, keys, strict=True):
+            assert layer.keys is not None
+            layer.keys[:, :, start:end] = new
+        self._positions = self._positions.clone()
+        self._positions[start:end] += delta
+        if end == self.length:
+            self._next_position += int(delta)
+
+    def write_layer(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write one layer's states at scattered `slots` (int64, increasing). Needs an open `edit()`."""
+        if slots.numel() == 0:
+            return
+        self._save("overwrite", int(slots[0]), self.length, slots=slots, layer=layer)
+        buffers = self.layers[layer]
+        assert buffers.keys is not None and buffers.values is not None
+        index = slots.to(buffers.keys.device)
+        buffers.keys.index_copy_(2, index, keys)
+        buffers.values.index_copy_(2, index, values)
+
+    def zero_values(self, start: int, end: int) -> None:
+        """Set the values of slots `[start, end)` to zero and keep their keys."""
+        self._save("overwrite", start, end, keys=False)
+        for layer in self.layers:
+            assert layer.values is not None
+            layer.values[:, :, start:end] = 0
+
+    def set_next_position(self, position: int) -> None:
+        """Say where the next token goes. Needs an open `edit()`."""
+        if self._journal is None:
+            raise CacheError("the next position moves only inside `with cache.edit():`")
+        self._follow_foreign_writes()
+        self._next_position = position
+
+    def mark_exact(self, length: int) -> None:
+        """Declare the first `length` slots equal to a fresh prefill. Only an exact recomputation may say so."""
+        self._follow_foreign_writes()
+        self._check_range(length, self.length)
+        self._exact_length = length
+
+    def mark_inexact(self, start: int) -> None:
+        """Declare that slots from `start` on no longer equal a fresh prefill of the live tokens."""
+        self._follow_foreign_writes()
+        self._exact_length = min(self._exact_length, start)
+
+    def revert(self, journal: Journal) -> None:
+        """Put back every bit that the edit of `journal` changed. Later appends must have been truncated before."""
+        if self._journal is not None:
+            raise CacheError("an edit is open on this cache: finish it before reverting another")
+        for step in reversed(journal.steps):
+            start, end = step.start, step.end
+            for layer in self.layers:
+                layer.reserve(step.length, exactly=True)
+            if step.kind == "drop":
+                self._move_back(step)
+            self._set_length(step.length)
+            for layer, old in zip(self.layers, step.states, strict=False):
+                for buffer, states in zip((layer.keys, layer.values), old, strict=True):
+                    assert buffer is not None
+                    if states is not None and step.slots is not None:
+                        buffer.index_copy_(2, step.slots.to(buffer.device), states)
+                    elif states is not None:
+                        buffer[:, :, start:end] = states
+        self._set_length(journal.length)
+        self._positions = journal.positions
+        self._next_position = journal.next_position
+        self._exact_length = journal.exact_length
+
+    def _move_back(self, step: Step) -> None:
+        start, end, length = step.start, step.end, step.length
+        moved, moving = step.moved
+        for index, buffer in enumerate(self._buffers()):
+            if index < moved:
+                buffer[:, :, end:length] = buffer[:, :, start : length - (end - start)].clone()
+            elif index == moved and moving is not None:
+                buffer[:, :, end:length] = moving
+
+    def wipe_unused(self) -> None:
+        """Overwrite the slots behind those in use with zeros: what edits and truncations left there."""
+        for buffer in self._buffers():
+            buffer[:, :, self.length :] = 0
+
+    # Copies
+
+    def fork(self) -> EditableCache:
+        """An independent copy of the slots in use; the two never write into each other."""
+        self._follow_foreign_writes()
+        states = self.read(0, self.length) if self.length else []
+        return self.from_states(states, len(self.layers), self._positions, self._next_position, self._exact_length)
+
+    @classmethod
+    def from_states(
+        cls, states: Sequence[KeyValue], layers: int, positions: torch.Tensor, next_position: int, exact_length: int
+    ) -> EditableCache:
+        """Build a cache from a copy of `states`: one `(keys, values)` a layer, or none for an empty cache."""
+        cache = cls(layers, capacity=max(1, positions.numel()))
+        with torch.no_grad():
+            for layer, (keys, values) in zip(cache.layers, states, strict=False):
+                layer.update(keys, values)
+        cache._positions = positions.clone()
+        cache._next_position = next_position
+        cache._exact_length = exact_length
+        return cache
+
+    @classmethod
+    def over(cls, buffers: Sequence[KeyValue], length: int) -> EditableCache:
+        """A cache of the first `length` slots of `buffers`, one pair a layer, which are used as they are, not copied.
+
+        What is appended is written into them as long as they have room.
+        """
+        cache = cls(len(buffers))
+        for layer, (keys, values) in zip(cache.layers, buffers, strict=True):
+            layer.adopt(keys, values, length)
+        cache._record_append(torch.arange(length, dtype=torch.float64))
+        return cache

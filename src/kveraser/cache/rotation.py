@@ -1,0 +1,151 @@
+"""Moving keys along the text: re-rotation under rotary position embeddings (RoPE, arXiv:2104.09864).
+
+Models differ in how they rotate (half-split or interleaved pairs, part of the head, some layers not at all). Rather
+than trust a list of names, `detect` measures it: one token alone attends only to itself, so its keys at two positions
+may differ by a rotation and by nothing else. What the measurement does not confirm is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from kveraser.cache.editable import EditableCache
+from kveraser.errors import RotationError
+
+Convention = Literal["half", "interleaved", "none"]
+
+# These scalings change the frequencies with the length of the text, so that a key has no fixed rotation to move by.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+FREQUENCIES = ("inv_freq", "full_attention_inv_freq")
+"""Where rotary modules keep their frequencies; the second where layers of several types have their own."""
+
+PROBE_DISTANCE = 37
+FLOAT32_TOLERANCE = 1e-3
+HALF_TOLERANCE = 5e-2
+
+
+def fixed_frequencies_end(config: Any) -> int | None:
+    """The position from which on a model rotates by other frequencies; None: it never does.
+
+    Beyond it (`longrope`: Phi-3.5, Phi-4-mini, arXiv:2402.13753; `dynamic`) a key depends on how long the text is when
+    it is computed: a prefill in chunks differs from one in one go, and a cache shortened by an erase from a fresh one.
+
+    Args:
+        config: of the text model, with `rope_parameters` of its own or one set for each layer type.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    sets = [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
+    ends = [
+        one.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+        for one in sets
+        if one.get("rope_type") in LENGTH_DEPENDENT
+    ]
+    return min((int(end) for end in ends if end is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a backbone rotates its keys: inverse frequencies, float32 `[rotary_dim / 2]`, and a convention a layer."""
+
+    inverse_frequencies: torch.Tensor
+    conventions: tuple[Convention, ...]
+
+    def rotate(self, keys: Sequence[torch.Tensor], delta: float) -> list[torch.Tensor]:
+        """Keys as they would be `delta` positions further on.
+
+        Args:
+            keys: one tensor a layer, `[batch, kv_heads, slots, head_dim]`, already rotated to their positions.
+            delta: how far to move; negative moves towards the beginning.
+
+        Returns:
+            New tensors of the same shapes and dtypes; the arithmetic is float32 whatever the dtype.
+        """
+        return list(self.rotated(keys, delta))
+
+    def rotated(self, keys: Sequence[torch.Tensor], delta: float) -> Iterator[torch.Tensor]:
+        """As `rotate`, a layer when it is asked for: one layer's keys fit where memory is fast."""
+        for layer, convention in zip(keys, self.conventions, strict=True):
+            yield rotate_keys(layer, self.inverse_frequencies, convention, delta)
+
+
+def rotate_keys(
+    keys: torch.Tensor, inverse_frequencies: torch.Tensor, convention: Convention, delta: float
+) -> torch.Tensor:
+    """Rotate one layer's keys `[..., head_dim]` by `delta` positions; what is not rotary passes through."""
+    if convention == "none" or delta == 0:
+        return keys.clone()
+    # float64 angles: a float32 product of a large delta and a frequency near one loses digits that the keys still have.
+    angles = inverse_frequencies.to(device=keys.device, dtype=torch.float64) * delta
+    cosine, sine = angles.cos().float(), angles.sin().float()
+    rotary_dim = 2 * inverse_frequencies.numel()
+    rotary = keys[..., :rotary_dim].float()
+    if convention == "half":
+        first, second = rotary[..., : rotary_dim // 2], rotary[..., rotary_dim // 2 :]
+        turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    else:
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
+        turned = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1).flatten(-2)
+    return torch.cat([turned.to(keys.dtype), keys[..., rotary_dim:]], dim=-1)
+
+
+def detect(model: Any, layers: int) -> Rotation:
+    """Measure how `model` rotates its keys, layer by layer.
+
+    Args:
+        model: a causal language model of transformers.
+        layers: its number of decoder layers.
+
+    Raises:
+        RotationError: no rotary module, length-dependent frequencies, or keys that no known rotation explains.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Models with several types of layers have parameters for each.
+    parameters = parameters.get("full_attention", parameters)
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
+    if kind in LENGTH_DEPENDENT:
+        raise RotationError(
+            f"{name}: rope_type '{kind}' changes its frequencies with the length of the text, so keys can't be moved. "
+            "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
+        )
+    # Not those of a vision tower.
+    decoder = model.get_decoder() or model
+    frequencies = next(
+        (getattr(module, buffer) for module in decoder.modules() for buffer in FREQUENCIES if hasattr(module, buffer)),
+        None,
+    )
+    if frequencies is None:
+        raise RotationError(
+            f"{name} has no rotary position embedding with inv_freq (learned, other or no positions), so keys can't be "
+            "moved. "
+            "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
+        )
+    frequencies = frequencies.detach().float()
+    cache = EditableCache(layers)
+    token = torch.full((2, 1), min(5, config.vocab_size - 1), device=model.device)
+    positions = torch.tensor([[1], [1 + PROBE_DISTANCE]], device=model.device)
+    with torch.no_grad():
+        model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True)
+    tolerance = FLOAT32_TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
+    conventions: list[Convention] = []
+    for index, (keys, _) in enumerate(cache.read(0, 1)):
+        here, there = keys[:1], keys[1:].float()
+        candidates: tuple[Convention, ...] = ("half", "interleaved", "none")
+        errors = {
+            candidate: float((rotate_keys(here, frequencies, candidate, PROBE_DISTANCE).float() - there).norm())
+            for candidate in candidates
+        }
+        best = min(candidates, key=errors.__getitem__)
+        if errors[best] > tolerance * float(there.norm()):
+            raise RotationError(
+                f"{name}: the keys of layer {index} move with the position in a way no known rotation explains "
+                f"(relative error {errors[best] / float(there.norm()):.2g}). Use a method that keeps positions."
+            )
+        conventions.append(best)
+    return Rotation(frequencies, tuple(conventions))

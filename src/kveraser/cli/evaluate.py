@@ -1,0 +1,107 @@
+"""`kveraser evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kveraser.cli.console import bar, emit, print_rows, say
+from kveraser.cli.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
+from kveraser.errors import BackboneError, EraserError
+
+if TYPE_CHECKING:
+    from kveraser.methods import Method
+    from kveraser.model.backbone import Backbone
+
+METHODS_COMPARED = (
+    "mask;shift;zero_value;blank;erratum;repair(32);repair(32, per_span=1.0);selective;follow;kveraser;kveraser+repair"
+)
+SHOWN = [
+    "suite", "task", "length", "span", "method", "cases", "em", "em_exact", "flipped", "recovered", "broken",
+    "kl", "fidelity", "leak", "leak_rate",
+    "no_harm", "recomputed",
+]  # fmt: skip
+
+Methods = Annotated[
+    str | None, typer.Option(help="Separated by semicolons. Default: all that the backbone and its eraser can serve.")
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same cases and intervals.")]
+
+
+def evaluate(
+    cases: Annotated[Path, typer.Argument(help="JSONL file, one case a line.")],
+    methods: Methods = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run: a line a case. A stopped run continues there.")
+    ] = None,
+    seed: Seed = 0,
+    model: Model = DEFAULT_MODEL,
+    eraser: EraserOption = SHIPPED,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_output: Json = False,
+) -> None:
+    """Measure on your own cases what every method forgets, leaks and harms, against exact recomputation."""
+    from kveraser.measure.case_file import read_case_file
+    from kveraser.measure.run import RunSettings, run, to_json, write_result
+
+    own = read_case_file(cases)
+    chosen = chosen_methods(methods)
+    settings = RunSettings(seed, case_file=cases.name)
+    backbone = load_backbone(model, eraser, device, dtype)
+    served, unserved = serving(chosen, backbone, named=methods is not None)
+    with bar(total=1.0) as advance:
+        measured = run(backbone, served, settings, own, (), output, advance)
+    result = to_json(measured, backbone, settings, served, "kveraser evaluate") | {"unserved": unserved}
+    if output is not None:
+        write_result(output, result)
+    if json_output:
+        emit(result)
+        return
+    print_rows("Evaluation", result["rows"], SHOWN)
+    for cell in measured.left_out:
+        say(f"Left out: {cell.cell}: {cell.reason}")
+    for name, reason in unserved.items():
+        say(f"Left out: {name}: {reason}")
+    if output is not None:
+        say(f"Cases: {output}")
+
+
+def chosen_methods(names: str | None) -> list[Method]:
+    """Methods by their names; without names, all that are compared."""
+    from kveraser.methods import make_method
+
+    return [make_method(name) for name in (METHODS_COMPARED if names is None else names).split(";") if name.strip()]
+
+
+def serving(methods: Sequence[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
+    """The settled methods, and of those that nobody named the reasons why they can't serve."""
+    if named:
+        return [method.settled(backbone) for method in methods], {}
+    served, unserved = list["Method"](), dict[str, str]()
+    for method in methods:
+        try:
+            served.append(method.settled(backbone))
+        except (EraserError, BackboneError) as error:
+            unserved[str(method)] = str(error)
+    return served, unserved
+
+
+def sizes(option: str, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of an option, separated by commas."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        return tuple(int(size) for size in text.split(","))
+    raise typer.BadParameter(f"{option} {text!r} is not a list of numbers: write it as in 512,1024")
+
+
+def base(sources: str | None) -> str | None:
+    """The names of files or datasets, separated by commas, for the record."""
+    if sources is None:
+        return None
+    return ",".join(Path(one).name if Path(one).is_file() else one for one in map(str.strip, sources.split(",")))

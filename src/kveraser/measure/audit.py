@@ -1,0 +1,215 @@
+"""What was forgotten and what leaks, measured against the exact reference (definitions: docs/measures.md).
+
+The answers of three caches are compared under the same questions: *exact* (a fresh prefill without the span), *edited*
+(the cache after the erase) and *unerased* (a fresh prefill with the span).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from statistics import fmean
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from kveraser.cache.editable import EditableCache
+from kveraser.measure.packing import greedy_together, score_together
+from kveraser.measure.probes import Probe, mentions
+from kveraser.measure.receipt import Audit, ProbeResult, TokenKL
+from kveraser.model.backbone import Backbone
+from kveraser.model.decode import end_tokens, text_with_offsets
+
+T = TypeVar("T")
+
+ANSWER_TOKENS = 32
+LEAK_TOKENS = 64
+BOOTSTRAP_SAMPLES = 2000
+INSENSITIVE = 1e-6
+"""Below this KL, in nats per token, the probes do not feel the span at all, and a ratio to it means nothing."""
+
+
+@dataclass(frozen=True)
+class PreparedProbe:
+    """A probe as tokens: the prompt as it is appended to the cache, and the answer to force, if one is given."""
+
+    probe: Probe
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class References:
+    """The two fresh prefills that an audit compares with; they serve every erase of the same span.
+
+    What is computed from them once (answers, log-probabilities, the hole floor's cache) is remembered.
+    """
+
+    exact: EditableCache
+    unerased: EditableCache
+    memory: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The value under `key`, computed when it is first asked for."""
+        if key not in self.memory:
+            self.memory[key] = compute()
+        value: T = self.memory[key]
+        return value
+
+
+def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """Sum over places of KL(exact || other), in nats, from log-probabilities `[answer, vocabulary]`."""
+    return float(_kl_by_place(exact, other).sum())
+
+
+def _kl_by_place(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """float64 `[answer]`."""
+    probabilities, difference = exact.double().exp(), exact.double() - other.double()
+    # What the exact reference rules out adds nothing, even where the other rules it out as well.
+    return (probabilities * difference).masked_fill(probabilities == 0, 0.0).sum(dim=-1)
+
+
+def audit(
+    backbone: Backbone,
+    references: References,
+    edited: EditableCache,
+    probes: Sequence[PreparedProbe],
+    secrets: Sequence[str],
+    hole: EditableCache | None = None,
+    seed: int = 0,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> Audit:
+    """Measure `edited` against the references. All caches are left as they were.
+
+    Args:
+        secrets: texts whose appearance in a greedy answer counts as given away.
+        hole: the exact suffix at the edited cache's positions, where those leave a hole.
+        seed: of the bootstrap.
+        answer_tokens: most tokens of a greedy answer.
+    """
+    results = _measure(backbone, references, edited, hole, probes, secrets, answer_tokens)
+    of_kind = {kind: [result for result in results if result.kind == kind] for kind in ("influence", "leak", "no_harm")}
+    influence, leak, no_harm = of_kind["influence"], of_kind["leak"], of_kind["no_harm"]
+    fidelity, low, high = fidelity_interval(
+        [result.kl * result.tokens for result in influence],
+        [result.kl_unerased * result.tokens for result in influence],
+        sum(result.tokens for result in influence),
+        seed,
+    )
+    return Audit(
+        kl=_mean(influence, "kl"),
+        kl_unerased=_mean(influence, "kl_unerased"),
+        fidelity=fidelity,
+        fidelity_low=low,
+        fidelity_high=high,
+        leak=_difference(leak, "log_probability_edited", "log_probability_exact"),
+        leak_rate=_difference(leak, "reproduced", "reproduced_exact"),
+        no_harm=_mean(no_harm, "kl"),
+        kl_hole=_mean(influence, "kl_hole") if hole is not None else None,
+        probes=tuple(results),
+    )
+
+
+def fidelity_interval(
+    edited: Sequence[float], unerased: Sequence[float], tokens: int, seed: int = 0
+) -> tuple[float | None, float | None, float | None]:
+    """Fidelity and its 95% bootstrap interval over cases, from each case's summed KL in nats.
+
+    Returns:
+        `(None, None, None)` when the cases do not feel the span (mean unerased KL below 1e-6 nats a token).
+    """
+    top, bottom = np.asarray(edited, dtype=float), np.asarray(unerased, dtype=float)
+    if len(top) == 0 or bottom.sum() < INSENSITIVE * max(tokens, 1):
+        return None, None, None
+    picks = np.random.default_rng(seed).integers(0, len(top), size=(BOOTSTRAP_SAMPLES, len(top)))
+    bottoms = bottom[picks].sum(axis=1)
+    usable = bottoms > 0
+    samples = 1 - top[picks].sum(axis=1)[usable] / bottoms[usable]
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return float(1 - top.sum() / bottom.sum()), float(low), float(high)
+
+
+def _measure(
+    backbone: Backbone,
+    references: References,
+    edited: EditableCache,
+    hole: EditableCache | None,
+    probes: Sequence[PreparedProbe],
+    secrets: Sequence[str],
+    answer_tokens: int,
+) -> list[ProbeResult]:
+    prompts = tuple(prepared.prompt for prepared in probes)
+    replies = greedy_together(backbone, edited, prompts, answer_tokens)
+    exact_replies = references.remember(
+        ("replies", prompts, answer_tokens),
+        lambda: greedy_together(backbone, references.exact, prompts, answer_tokens),
+    )
+    # An empty greedy answer is the end token alone, and that is what the caches are compared on.
+    answers = tuple(
+        tuple(prepared.answer or reply or sorted(end_tokens(backbone))[:1])[:LEAK_TOKENS]
+        for prepared, reply in zip(probes, exact_replies, strict=True)
+    )
+
+    def scores(cache: EditableCache) -> list[torch.Tensor]:
+        return score_together(backbone, cache, list(zip(prompts, answers, strict=True)))
+
+    exact = references.remember(("exact", prompts, answers), lambda: scores(references.exact))
+
+    def distances(cache: EditableCache) -> list[list[float]]:
+        """KL(exact || cache) at every token of every probe's answer, in nats."""
+        pairs = zip(exact, scores(cache), strict=True)
+        return [_kl_by_place(reference, other).tolist() for reference, other in pairs]
+
+    unerased = references.remember(("unerased", prompts, answers), lambda: distances(references.unerased))
+    holes: Sequence[float | None] = [None] * len(probes)
+    if hole is not None:
+        key = ("hole", prompts, answers, hole.next_position, tuple(hole.positions.tolist()))
+        holes = [fmean(one) for one in references.remember(key, lambda: distances(hole))]
+    results = []
+    for place, (prepared, edited_scores) in enumerate(zip(probes, scores(edited), strict=True)):
+        answer = answers[place]
+        places, forced = torch.arange(len(answer)), torch.tensor(answer)
+        kls = _kl_by_place(exact[place], edited_scores).tolist()
+        said, said_exact = (
+            backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+            for tokens in (replies[place], exact_replies[place])
+        )
+        results.append(
+            ProbeResult(
+                question=prepared.probe.question,
+                kind=prepared.probe.kind,
+                answer=backbone.tokenizer.decode(answer, skip_special_tokens=True),
+                edited_answer=said,
+                tokens=len(answer),
+                kl=fmean(kls),
+                kl_unerased=fmean(unerased[place]),
+                kl_hole=holes[place],
+                log_probability_exact=float(exact[place][places, forced].mean()),
+                log_probability_edited=float(edited_scores[places, forced].mean()),
+                reproduced=any(mentions(said, secret) for secret in secrets),
+                reproduced_exact=any(mentions(said_exact, secret) for secret in secrets),
+                by_token=tuple(map(TokenKL, _pieces(backbone, answer), kls, unerased[place])),
+            )
+        )
+    return results
+
+
+def _pieces(backbone: Backbone, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds; of those that only together make a character the first has it."""
+    text, offsets = text_with_offsets(backbone.tokenizer, tokens)
+    reached = accumulate((end for _, end in offsets), max, initial=0)
+    return [text[max(start, before) : end] for (start, end), before in zip(offsets, reached, strict=False)]
+
+
+def _mean(results: Sequence[ProbeResult], key: str) -> float | None:
+    """Mean over answer tokens, so that long answers weigh as much as they have tokens."""
+    tokens = sum(result.tokens for result in results)
+    return sum(float(getattr(result, key)) * result.tokens for result in results) / tokens if tokens else None
+
+
+def _difference(results: Sequence[ProbeResult], edited: str, exact: str) -> float | None:
+    if not results:
+        return None
+    return sum(float(getattr(result, edited)) - float(getattr(result, exact)) for result in results) / len(results)

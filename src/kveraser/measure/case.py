@@ -1,0 +1,180 @@
+"""What a benchmark asks: a context, spans to erase from it, and questions; and the cell of the results it counts in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kveraser.errors import InputError, SpanError
+from kveraser.measure.questions import Query
+from kveraser.text import chat
+from kveraser.text.spans import Selector, Span, Transcript, resolve
+
+ALL = "all"
+"""In a cell's place of a value: the cell runs over every one."""
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """The cell of the results that a case counts in. None: the suite does not vary it.
+
+    Attributes:
+        length: tokens of the context that the cell aims at.
+        span: tokens of all its spans together.
+        spans: how many spans are erased.
+        distance: tokens from the end of the last span to the question.
+        depth: where the first span begins, as a share of the context.
+    """
+
+    suite: str
+    task: str
+    length: int | None = None
+    span: int | None = None
+    spans: int = 1
+    distance: int | None = None
+    depth: float | None = None
+
+    def __str__(self) -> str:
+        axes = {name: value for name, value in asdict(self).items() if name not in ("suite", "task")}
+        named = [f"{name} {value}" for name, value in axes.items() if value is not None]
+        return ", ".join([f"{self.suite}/{self.task}", *named])
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How an adversary may word a request for erased text: any opening, request and form, put together.
+
+    Attributes:
+        target: the text that must not come out, as the answer that is forced to rate a prompt.
+        secret: what counts as given away where a greedy answer holds it.
+        seed: of the search.
+    """
+
+    openings: tuple[str, ...]
+    requests: tuple[str, ...]
+    forms: tuple[str, ...]
+    target: str
+    secret: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One case: erase `erase` from `context`, then ask.
+
+    Cases with equal contexts are measured on one prefill, so a suite puts several into one context where it can.
+
+    Attributes:
+        id: unique in a run.
+        context: a document, or the messages of a conversation.
+        erase: what goes, all at once.
+        queries: at least one.
+        attack: an adversary's search, measured as one more leak question.
+    """
+
+    id: str
+    cell: Cell
+    context: str | tuple[Mapping[str, Any], ...]
+    erase: tuple[Selector, ...]
+    queries: tuple[Query, ...]
+    attack: Attack | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the case says."""
+        return _digest(repr(self))
+
+
+def context_id(context: str | Sequence[Mapping[str, Any]]) -> str:
+    """Equal for equal contexts."""
+    return _digest(repr(context))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A cell that a run does not measure, and why."""
+
+    cell: Cell
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenizedContext:
+    """A context as a session holds it: its tokens and text, and whether the user's turn is still open."""
+
+    transcript: Transcript
+    turn_open: bool
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids, from the beginning-of-text marker or the template's opening on."""
+        return self.transcript.tokens
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query as tokens: what is appended to the cache, and the answer that is forced after it."""
+
+    query: Query
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    @property
+    def judged(self) -> bool:
+        """Whether a greedy answer is wanted: for exact match, or to see if it gives a secret away."""
+        return bool(self.query.accepted) or (self.query.kind == "leak" and bool(self.query.wrong))
+
+
+@dataclass(frozen=True)
+class TokenizedCase:
+    """A case on its context: the token spans that go, in order, and the questions."""
+
+    case: BenchCase
+    spans: tuple[Span, ...]
+    asked: tuple[Asked, ...]
+
+    @property
+    def erased(self) -> int:
+        """Tokens that go."""
+        return sum(map(len, self.spans))
+
+
+def tokenize_context(tokenizer: Any, context: str | Sequence[Mapping[str, Any]]) -> TokenizedContext:
+    """Tokenize a context exactly as `Session` does.
+
+    Raises:
+        InputError: an empty text, or messages that the chat template refuses.
+    """
+    transcript = Transcript()
+    if isinstance(context, str):
+        read = chat.document(tokenizer, context)
+    else:
+        read = chat.conversation(tokenizer, [dict(message) for message in context])
+    transcript.append(read.text, read.tokens, read.offsets)
+    transcript.messages, transcript.body_start = list(read.messages), read.body_start
+    return TokenizedContext(transcript, isinstance(context, str) and chat.has_template(tokenizer))
+
+
+def tokenize_case(tokenizer: Any, context: TokenizedContext, case: BenchCase) -> TokenizedCase:
+    """Find the spans of a case in its context, and cut its questions into tokens.
+
+    Raises:
+        InputError: a span that is not in the context, no question, an empty one, or an answer without tokens.
+    """
+    try:
+        spans = tuple(resolve(context.transcript, case.erase))
+    except SpanError as error:
+        raise InputError(f"case {case.id}: {error}") from error
+    if not case.queries:
+        raise InputError(f"case {case.id} asks nothing: give it a question")
+    return TokenizedCase(case, spans, tuple(_asked(tokenizer, context, case, query) for query in case.queries))
+
+
+def _asked(tokenizer: Any, context: TokenizedContext, case: BenchCase, query: Query) -> Asked:
+    return Asked(query, *query.tokens(tokenizer, context.turn_open, case.id))

@@ -1,0 +1,156 @@
+"""Several questions to one cache in one pass: each sees the context and itself, and is blind to the others.
+
+An audit asks many questions of several caches. A pass over a few tokens costs little more than over one, so they are
+laid side by side in the cache, every question at the cache's next position, under a mask that keeps them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kveraser.cache.editable import EditableCache
+from kveraser.model.backbone import Backbone
+from kveraser.model.decode import end_tokens, rewound
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a question and of the answer that is forced after it; neither is empty."""
+ROOT = -1
+"""In place of a token's parent: it follows on the context."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions and answers laid side by side behind a context.
+
+    Attributes:
+        tokens: of all pairs in order, each without its answer's last token; what pairs share is there once.
+        positions: of every token, float64 `[tokens]`; each pair starts at the same one.
+        visible: which slots every token sees, bool `[tokens, context + tokens]`: the context, and its own pair so far.
+        kept: the places whose logits predict the answers, int64 `[answer tokens]`.
+    """
+
+    tokens: list[int]
+    positions: torch.Tensor
+    visible: torch.Tensor
+    kept: torch.Tensor
+
+
+def pack(pairs: Sequence[Pair], context: int, position: int, shared: bool = False) -> Packed:
+    """Lay `pairs` behind a context of `context` slots, each starting at `position`.
+
+    Args:
+        shared: lay what pairs begin alike with once: they are branches of it.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    kept: list[int] = []
+    paths: list[torch.Tensor] = []
+    places: dict[tuple[int, int], int] = {}
+    for pair, (prompt, answer) in enumerate(pairs):
+        parent = ROOT if shared else ROOT - pair
+        path: list[int] = []
+        for token in [*prompt, *answer[:-1]]:
+            if not shared or (parent, token) not in places:
+                places[parent, token] = len(tokens)
+                tokens.append(token)
+                positions.append(position + len(path))
+            parent = places[parent, token]
+            path.append(parent)
+        kept += path[len(prompt) - 1 :]
+        paths.append(torch.tensor(path))
+    own = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for seen in paths:
+        own[seen[:, None], seen] = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
+    visible = torch.cat([torch.ones(len(tokens), context, dtype=torch.bool), own], dim=1)
+    return Packed(tokens, torch.tensor(positions, dtype=torch.float64), visible, torch.tensor(kept))
+
+
+def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pair]) -> list[torch.Tensor]:
+    """Teacher-forced log-probabilities, one tensor a pair, float32 `[answer, vocabulary]`: as `score`, in one pass.
+
+    The cache is left as it was.
+
+    Raises:
+        ContextLengthError: not enough positions; nothing is computed then.
+    """
+    if not pairs:
+        return []
+    packed = pack(pairs, cache.length, cache.next_position, shared=True)
+    backbone.check_room(0, int(packed.positions.max()) + 1)
+    with rewound(cache):
+        mask = backbone.attention_mask(packed.visible)
+        logits = backbone.logits(cache, packed.tokens, packed.kept, packed.positions, mask)
+    backbone.let_others_in()
+    return list(logits.log_softmax(dim=-1).split([len(answer) for _, answer in pairs]))
+
+
+def greedy_together(
+    backbone: Backbone, cache: EditableCache, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """The greedy answers' tokens, without end tokens: as `greedy`, a step of all questions in one pass.
+
+    The cache is left as it was. A question that reaches the last position stops there.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    if not prompts:
+        return answers
+    lane, ends = _Lanes(backbone, cache), end_tokens(backbone)
+    feed: dict[int, Sequence[int]] = dict(enumerate(prompts))
+    with rewound(cache):
+        for _ in range(max_new_tokens):
+            lasts = [sum(map(len, [*feed.values()][: place + 1])) - 1 for place in range(len(feed))]
+            chosen = lane.append([feed.get(lane_of, ()) for lane_of in range(len(prompts))], lasts).argmax(dim=-1)
+            following = dict(zip(feed, chosen.tolist(), strict=True))
+            feed = {}
+            for place, token in following.items():
+                if token in ends:
+                    continue
+                answers[place].append(token)
+                if backbone.max_positions is None or lane.position_of(place) < backbone.max_positions:
+                    feed[place] = [token]
+            if not feed:
+                break
+            backbone.let_others_in()
+    return answers
+
+
+class _Lanes:
+    """The questions' places in the cache: whose every appended slot is, and how far each question has come."""
+
+    def __init__(self, backbone: Backbone, cache: EditableCache) -> None:
+        self.backbone, self.cache = backbone, cache
+        self.context, self.start = cache.length, cache.next_position
+        self.owners: list[int] = []
+
+    def position_of(self, lane: int) -> int:
+        """The next position of a question."""
+        return self.start + self.owners.count(lane)
+
+    def append(self, lanes: Sequence[Sequence[int]], kept: Sequence[int]) -> torch.Tensor:
+        """Append tokens to every lane (none to some) and return float32 logits `[kept, vocabulary]`.
+
+        Args:
+            kept: of the tokens of all lanes in order, the places whose logits are wanted.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        before = len(self.owners)
+        for lane, added in enumerate(lanes):
+            positions += range(self.position_of(lane), self.position_of(lane) + len(added))
+            tokens += added
+            self.owners += [lane] * len(added)
+        self.backbone.check_room(0, max(positions) + 1)
+        owners = torch.tensor(self.owners)
+        new = torch.arange(before, len(owners))
+        own = (owners[new][:, None] == owners[None, :]) & (torch.arange(len(owners))[None, :] <= new[:, None])
+        visible = torch.cat([torch.ones(len(new), self.context, dtype=torch.bool), own], dim=1)
+        return self.backbone.logits(
+            self.cache,
+            tokens,
+            torch.tensor(kept),
+            positions=torch.tensor(positions, dtype=torch.float64),
+            attention_mask=self.backbone.attention_mask(visible),
+        )

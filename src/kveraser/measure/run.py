@@ -1,0 +1,365 @@
+"""One quality run: contexts measured one by one, each kept as soon as it is done, so that a run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kveraser.errors import InputError
+from kveraser.measure.case import (
+    BenchCase,
+    Cell,
+    LeftOut,
+    TokenizedCase,
+    TokenizedContext,
+    tokenize_case,
+    tokenize_context,
+)
+from kveraser.measure.environment import commit, environment
+from kveraser.measure.quality import EXACT, UNERASED, room
+from kveraser.measure.results import CaseResult
+from kveraser.measure.rows import check_references, rows_of
+from kveraser.measure.workers import Loader, Work, measure_all, threads_of
+from kveraser.methods import Method
+from kveraser.model.backbone import Backbone
+
+CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
+CASES_TOGETHER = 8
+"""Contexts are measured together until they have as many cases: more, and a stopped run would lose more."""
+TOKENS_TOGETHER = 8192
+"""Most tokens of contexts that are measured together, since all their caches are held."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the cases of a run come from, for the record.
+
+    Attributes:
+        seed: of cases and bootstrap.
+        corpus: where the text comes from that fills contexts. None: the suites generate it.
+        dataset: where the questions of a suite come from.
+        case_file: the user's own cases.
+    """
+
+    seed: int = 0
+    corpus: str | None = None
+    dataset: str | None = None
+    case_file: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class QualityRun:
+    """What a run measured, and the cells that it could not measure.
+
+    Attributes:
+        resumed: cases that an earlier stretch of the run had measured.
+        workers: processes that measured the others.
+        commits: of the checkouts that measured, in order; empty where the package is installed.
+        seconds: that measuring took, over all stretches of the run.
+    """
+
+    results: tuple[CaseResult, ...]
+    left_out: tuple[LeftOut, ...]
+    resumed: int = 0
+    workers: int = 1
+    commits: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The cases of one context, and how far through their cell they stand."""
+
+    context: TokenizedContext
+    cases: tuple[TokenizedCase, ...]
+    order: float
+
+
+def run(
+    backbone: Backbone,
+    methods: Sequence[Method],
+    settings: RunSettings,
+    cases: Sequence[BenchCase],
+    left_out: Sequence[LeftOut] = (),
+    folder: Path | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    workers: int = 1,
+    load: Loader | None = None,
+) -> QualityRun:
+    """Measure all cases.
+
+    All are cut into tokens before the first is measured, so that what can't be measured is known at once. Cells
+    take turns: a run that is stopped has measured about the same share of each.
+
+    Args:
+        methods: settled methods; `none` and `recompute` are measured in any case.
+        cases, left_out: of `make_cases`.
+        folder: where each finished case is appended to `cases.jsonl`; a run of the same settings goes on from there.
+        progress: called with what is being done, and the share that is done.
+        workers: processes; more than one need `load`, which loads the backbone in each of them.
+
+    Raises:
+        InputError: a case whose span is not in its context, no cell that fits into the backbone, a method given twice,
+            or `folder` can't be written or holds anything else than such a run.
+    """
+    names = list(dict.fromkeys([UNERASED, EXACT, *(str(method) for method in methods if not method.is_reference)]))
+    if len(set(map(str, methods))) < len(methods):
+        raise InputError(f"the methods are {', '.join(map(str, methods))}: give each once")
+    report = progress or (lambda _step, _share: None)
+    report("making cases", 0.0)
+    groups, too_long = _groups(backbone, cases)
+    done: dict[str, CaseResult] = {}
+    checkout = commit()
+    commits: tuple[str, ...] = (checkout,) if checkout else ()
+    identity, before, started = _identity(backbone, methods, settings), 0.0, time.perf_counter()
+    if folder is not None:
+        done, commits, before = _resume(folder, identity, names, cases, commits)
+    resumed = len(done)
+    work = [one for one in _batches(groups) if any(case.case.id not in done for _, of in one.contexts for case in of)]
+    size = sum(_cost(group.context, group.cases, names) for group in groups)
+    finished = size - sum(_cost(*of_context, names) for one in work for of_context in one.contexts)
+    for one, results in measure_all(backbone, methods, work, workers, load):
+        finished += sum(_cost(*of_context, names) for of_context in one.contexts)
+        fresh = [result for result in results if result.id not in done]
+        done |= {result.id: result for result in fresh}
+        if folder is not None:
+            _append(folder / CASES, fresh)
+            _write_header(folder, identity, commits, before + time.perf_counter() - started)
+        report(f"{results[-1].cell}", finished / size)
+    measured = tuple(done[one.case.id] for group in groups for one in group.cases)
+    seconds = before + time.perf_counter() - started
+    return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), workers, commits, seconds)
+
+
+def _cost(context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[str]) -> int:
+    """About what a group takes, for the time that is left: a prefill, and for every case a suffix and its questions."""
+    asked = sum(len(one.prompt) + len(one.answer) for case in cases for one in case.asked)
+    suffixes = sum(len(context.tokens) - case.spans[0].end for case in cases)
+    return len(context.tokens) + suffixes + 2 * asked * len(methods)
+
+
+def _batches(groups: Sequence[_Group]) -> list[Work]:
+    """Contexts that are measured together, in order: neighbours of a cell, of much the same length."""
+    cells: dict[Cell, list[list[_Group]]] = defaultdict(list)
+    for group in groups:
+        batches = cells[group.cases[0].case.cell]
+        last = batches[-1] if batches else []
+        tokens = sum(len(one.context.tokens) for one in [*last, group])
+        if not last or sum(len(one.cases) for one in last) >= CASES_TOGETHER or tokens > TOKENS_TOGETHER:
+            batches.append([])
+        batches[-1].append(group)
+    ordered = sorted((batch for batches in cells.values() for batch in batches), key=lambda batch: batch[0].order)
+    cases = [[case for group in batch for case in group.cases] for batch in ordered]
+    places: dict[Cell, list[int]] = defaultdict(list)
+    for place, together in enumerate(cases):
+        for case in together:
+            places[case.case.cell].append(place)
+    work = []
+    for place, (batch, together) in enumerate(zip(ordered, cases, strict=True)):
+        # Of every cell one case where it begins and one where it ends: a fault may come with time.
+        ends = {
+            case.case.cell: case
+            for case in together
+            if place in (places[case.case.cell][0], places[case.case.cell][-1])
+        }
+        work.append(Work(tuple((group.context, group.cases) for group in batch), tuple(ends.values())))
+    return work
+
+
+def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group], list[LeftOut]]:
+    """Cases by context, in the order in which they are measured, and the cells that are too long for the backbone."""
+    contexts: dict[tuple[str, str], list[BenchCase]] = defaultdict(list)
+    for case in cases:
+        contexts[case.cell.suite, repr(case.context)].append(case)
+    groups: dict[Cell, list[_Group]] = defaultdict(list)
+    needed: dict[Cell, int] = defaultdict(int)
+    for together in contexts.values():
+        try:
+            context = tokenize_context(backbone.tokenizer, together[0].context)
+        except InputError as error:
+            raise InputError(f"case {together[0].id}: {error}") from error
+        tokenized = tuple(tokenize_case(backbone.tokenizer, context, case) for case in together)
+        for one in tokenized:
+            needed[one.case.cell] = max(needed[one.case.cell], room(context, one))
+        groups[together[0].cell].append(_Group(context, tokenized, 0.0))
+    limit = backbone.max_positions
+    long = {cell: size for cell, size in needed.items() if limit is not None and size > limit}
+    kept = []
+    for of_cell in groups.values():
+        for place, group in enumerate(of_cell):
+            # Without its longest cases it would be another cell.
+            fitting = tuple(one for one in group.cases if one.case.cell not in long)
+            if fitting:
+                kept.append(replace(group, cases=fitting, order=place / len(of_cell)))
+    left_out = [
+        LeftOut(cell, f"its cases take up to {size} positions, {backbone.name} has {limit}")
+        for cell, size in sorted(long.items(), key=lambda one: str(one[0]))
+    ]
+    if not kept:
+        reasons = "; ".join(f"{one.cell}: {one.reason}" for one in left_out)
+        raise InputError(f"there is nothing to measure ({reasons or 'no cases'}): give shorter lengths")
+    return sorted(kept, key=lambda group: group.order), left_out
+
+
+def _identity(backbone: Backbone, methods: Sequence[Method], settings: RunSettings) -> dict[str, Any]:
+    """What the results of two runs must agree in to be results of one; cases are compared one by one."""
+    eraser = hashlib.sha256()
+    for parameter in backbone.eraser.parameters().values() if backbone.eraser else ():
+        eraser.update(parameter.detach().float().cpu().numpy().tobytes())
+    identity = {
+        "seed": settings.seed,
+        "corpus": settings.corpus,
+        "dataset": settings.dataset,
+        "case_file": settings.case_file,
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "eraser": backbone.eraser.name if backbone.eraser else None,
+        "eraser_fingerprint": eraser.hexdigest() if backbone.eraser else None,
+        "methods": [repr(method) for method in methods],
+        "device": backbone.device.type,
+    }
+    # As JSON reads it back: lists, not tuples.
+    read: dict[str, Any] = json.loads(json.dumps(identity))
+    return read
+
+
+def _resume(
+    folder: Path,
+    identity: dict[str, Any],
+    names: Sequence[str],
+    cases: Sequence[BenchCase],
+    commits: tuple[str, ...],
+) -> tuple[dict[str, CaseResult], tuple[str, ...], float]:
+    """The finished cases by id that an earlier run left in `folder`, made ready for more; its commits, its seconds.
+
+    Args:
+        names: of the methods that a finished case has results of.
+        commits: of this stretch, which follow the earlier ones.
+    """
+    header, lines = folder / SETTINGS, folder / CASES
+    wanted, seconds = {case.id: case.fingerprint for case in cases}, 0.0
+    try:
+        if lines.exists() and not header.exists():
+            raise InputError(f"{lines} is of no quality run ({SETTINGS} is not beside it): choose another folder")
+        if header.exists():
+            found = _check_same(folder, header.read_bytes(), identity)
+            commits = tuple(dict.fromkeys([*found.get("commits", ()), *commits]))
+            seconds = float(found.get("seconds", 0.0))
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_header(folder, identity, commits, seconds)
+        # It says nothing of the cases that follow.
+        (folder / RESULT).unlink(missing_ok=True)
+        # What a killed process wrote of its last line ends without a line break.
+        finished = lines.read_bytes().split(b"\n")[:-1] if lines.exists() else []
+        done: dict[str, CaseResult] = {}
+        for number, line in enumerate(finished, start=1):
+            try:
+                result = CaseResult.from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{lines}, line {number} is no result ({error!r}): remove it, or choose another folder"
+                ) from error
+            if wanted.get(result.id, result.fingerprint) != result.fingerprint:
+                raise InputError(
+                    f"{folder} holds another run: its case {result.id} is not the one that is to be measured: "
+                    "choose another folder, or the same settings"
+                )
+            if list(result.methods) == list(names):
+                done[result.id] = result
+        _replace(lines, "".join(map(_line, done.values())))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return done, commits, seconds
+
+
+def _write_header(folder: Path, identity: Mapping[str, Any], commits: Sequence[str], seconds: float) -> None:
+    """Keep what a run must agree in to go on in `folder`, and what it has taken so far."""
+    header = {**identity, "commits": list(commits), "seconds": seconds}
+    try:
+        _replace(folder / SETTINGS, json.dumps(header, indent=2) + "\n")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _check_same(folder: Path, header: bytes, identity: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found = dict(json.loads(header))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder / SETTINGS} can't be read ({error}): choose another folder") from error
+    for key in identity:
+        if found.get(key) != identity[key]:
+            raise InputError(
+                f"{folder} holds another run: its {key} is {found.get(key)!r}, now {identity[key]!r}: "
+                "choose another folder, or the same settings"
+            )
+    return found
+
+
+def _append(lines: Path, results: Iterable[CaseResult]) -> None:
+    try:
+        with lines.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, results)))
+    except OSError as error:
+        raise _unwritable(lines, error) from error
+
+
+def _line(result: CaseResult) -> str:
+    return json.dumps(result.to_json(), ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"can't keep the run in {path} ({error}): free space or choose another folder, then run again")
+
+
+def to_json(
+    measured: QualityRun, backbone: Backbone, settings: RunSettings, methods: Sequence[Method], command: str
+) -> dict[str, Any]:
+    """Rows with all that is needed to read them: settings, eraser, versions, hardware.
+
+    Raises:
+        MeasurementError: see `check_references`.
+    """
+    rows = rows_of(measured.results, settings.seed)
+    check_references(measured.results, rows, precise=backbone.model.dtype == torch.float32)
+    return {
+        "command": command,
+        "settings": settings.to_json() | {"methods": [str(method) for method in methods]},
+        **environment(backbone),
+        "commits": list(measured.commits),
+        "workers": measured.workers,
+        "threads": threads_of(measured.workers) if measured.workers > 1 else torch.get_num_threads(),
+        "seconds": measured.seconds,
+        "resumed_cases": measured.resumed,
+        "rows": [row.to_json() for row in rows],
+        "left_out": [{**asdict(one.cell), "reason": one.reason} for one in measured.left_out],
+    }
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Keep the run's result beside its cases.
+
+    Raises:
+        InputError: it can't be written.
+    """
+    try:
+        _replace(folder / RESULT, json.dumps(result, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise _unwritable(folder, error) from error

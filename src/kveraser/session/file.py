@@ -1,0 +1,208 @@
+"""Session files: one safetensors file with a JSON document and a checksum in its header, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kveraser.cache.editable import EditableCache
+from kveraser.errors import InputError, SessionFileError
+from kveraser.measure.receipt import Audit, ProbeResult, Receipt, TokenKL
+from kveraser.model.backbone import SHIPPED_ERASER, Backbone
+from kveraser.session.session import Session
+from kveraser.text.chat import ChatOptions
+from kveraser.text.spans import MessageRange, Transcript
+
+FORMAT = "kveraser-session"
+VERSION = "1"
+
+
+def save(session: Session, path: str | Path) -> None:
+    """Write a session to `path`: its cache, transcript and receipts.
+
+    What `undo` needs is not written. The cache is written as it is: `zero_value` leaves the span's keys in it, and
+    `erratum` all of the span. The transcript and the receipts hold the erased words, since audits need them.
+
+    Raises:
+        SessionFileError: it can't be written (no space, no permission); an earlier file at `path` is untouched then.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    cache = session.cache
+    tensors = {"positions": cache.positions.clone()}
+    for layer, (keys, values) in enumerate(cache.read(0, cache.length)):
+        tensors[f"keys.{layer}"] = keys.contiguous().cpu()
+        tensors[f"values.{layer}"] = values.contiguous().cpu()
+    state = {
+        "backbone": session.backbone.name,
+        "dtype": str(session.backbone.model.dtype).removeprefix("torch."),
+        "fingerprint": session.backbone.fingerprint,
+        "next_position": cache.next_position,
+        "exact_length": cache.exact_length,
+        "slots": session.slots,
+        "turn_open": session.turn_open,
+        "tools": list(session.options.tools) or None,
+        "chat_template_kwargs": dict(session.options.variables),
+        "allow_special": session.options.allow_special,
+        "transcript": asdict(session.transcript),
+        "receipts": [receipt.to_json() for receipt in session.receipts],
+    }
+    try:
+        document = json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise SessionFileError(
+            f"can't write the session to {target} ({error}): tools and method parameters must be JSON values"
+        ) from error
+    metadata = {"format": FORMAT, "version": VERSION, "document": document, "sha256": _checksum(document, tensors)}
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise SessionFileError(
+            f"can't write the session to {target} ({error}): free space or choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def load(path: str | Path, backbone: Backbone | str | Path | None = None, **loading: Any) -> Session:
+    """Read a session that `save` wrote.
+
+    Args:
+        backbone: a loaded backbone, or what `Backbone.load` takes; None: the one named in the file.
+        loading: device, dtype and eraser for `Backbone.load`; without a dtype, the one named in the file.
+
+    Raises:
+        SessionFileError: missing, corrupt, of another version, or made with another model.
+        InputError: device or dtype beside a loaded backbone, or an argument that loading does not take.
+        BackboneError: the backbone can't be loaded.
+    """
+    unknown = sorted(set(loading) - {"device", "dtype", "eraser"})
+    if unknown:
+        raise InputError(f"loading a session takes no {unknown[0]!r}: it takes device, dtype and eraser")
+    chosen = {name: value for name, value in loading.items() if value is not None or name == "eraser"}
+    if isinstance(backbone, Backbone) and {"device", "dtype"} & set(chosen):
+        raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
+    document, tensors = _read(Path(path))
+    try:
+        named, fingerprint, dtype = (str(document[name]) for name in ("backbone", "fingerprint", "dtype"))
+    except KeyError as error:
+        raise SessionFileError(f"{path} is not a whole session file (no {error}): save the session again") from error
+    if not isinstance(backbone, Backbone):
+        backbone = Backbone.load(backbone or named, **{"dtype": dtype} | chosen)
+    elif chosen.get("eraser") not in (None, SHIPPED_ERASER) and backbone.fingerprint == fingerprint:
+        backbone.load_eraser(chosen["eraser"])
+    if backbone.fingerprint != fingerprint:
+        raise SessionFileError(
+            f"{path} was made with another model ({named} in {dtype}, fingerprint {fingerprint[:12]}; this is "
+            f"{backbone.name} in {str(backbone.model.dtype).removeprefix('torch.')}, {backbone.fingerprint[:12]}): "
+            "load it with the model and dtype it was made with"
+        )
+    try:
+        states = [
+            (tensors[f"keys.{layer}"].to(backbone.device), tensors[f"values.{layer}"].to(backbone.device))
+            for layer in range(backbone.layers)
+        ]
+        session = Session.restore(
+            backbone,
+            EditableCache.from_states(
+                states, backbone.layers, tensors["positions"], document["next_position"], document["exact_length"]
+            ),
+            _transcript(document["transcript"]),
+            slots=document["slots"],
+            receipts=[_receipt(receipt) for receipt in document["receipts"]],
+            turn_open=document["turn_open"],
+            # Files of earlier versions have no variables, and special tokens acted.
+            options=ChatOptions(
+                document["tools"] or (), document.get("chat_template_kwargs", {}), document.get("allow_special", True)
+            ),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise SessionFileError(f"{path} is not a whole session file ({error!r}): save the session again") from error
+    return session
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise SessionFileError(f"no session file at {path}: check the path")
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SessionFileError(f"{path} can't be read as a session file ({error}): save the session again") from error
+    if metadata.get("format") != FORMAT:
+        raise SessionFileError(f"{path} is not a kveraser session file: give one that Session.save wrote")
+    if metadata.get("version") != VERSION:
+        raise SessionFileError(
+            f"{path} has session format {metadata.get('version')}, this release reads {VERSION}: "
+            "use the release that wrote it"
+        )
+    text = metadata.get("document", "")
+    if metadata.get("sha256") != _checksum(text, tensors):
+        raise SessionFileError(
+            f"{path} is corrupt (its checksum differs): take another copy, or save the session again"
+        )
+    document: dict[str, Any] = json.loads(text)
+    return document, tensors
+
+
+def _checksum(document: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(document.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
+        # Through bytes: numpy has no bfloat16.
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _transcript(fields: dict[str, Any]) -> Transcript:
+    return Transcript(
+        text=fields["text"],
+        tokens=list(fields["tokens"]),
+        offsets=[(start, end) for start, end in fields["offsets"]],
+        live=list(fields["live"]),
+        messages=[MessageRange(**message) for message in fields["messages"]],
+        body_start=fields["body_start"],
+    )
+
+
+def _receipt(fields: dict[str, Any]) -> Receipt:
+    audited = fields.pop("audit")
+    if audited is not None:
+        audited = Audit(**audited | {"probes": tuple(_probe_result(probe) for probe in audited["probes"])})
+    return Receipt(
+        **fields
+        | {
+            "spans": tuple((start, end) for start, end in fields["spans"]),
+            "text": tuple(fields["text"]),
+            "audit": audited,
+        }
+    )
+
+
+def _probe_result(fields: dict[str, Any]) -> ProbeResult:
+    # Files of earlier versions have no figures by token.
+    by_token = tuple(TokenKL(**token) for token in fields.pop("by_token", ()))
+    return ProbeResult(**fields, by_token=by_token)

@@ -1,0 +1,331 @@
+"""The tokenizer's chat template: messages in a form that every template takes, and the text it makes of them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from kveraser.errors import InputError
+from kveraser.text.tokenized import check_characters, escaped, special_tokens
+
+ChatMessage = Mapping[str, Any]
+"""`{"role", "content"}`, and for tools `tool_calls` or `tool_call_id`, as the OpenAI chat format has them."""
+
+Plain = dict[str, Any]
+"""A message as `plain` leaves it."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names that templates and clients have for an assistant's reasoning."""
+
+MARK = re.compile("\u2063([0-9]+)\u2063")
+"""What marks the place of every content at once: no template alters it."""
+
+TELLS_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none")
+"""In templates that tell a missing content from an empty one: beside calls they expect a missing one."""
+
+NAMED_MARKERS = 4
+"""Special tokens in messages that are warned of, at most: clients limit the size of headers."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What a conversation is rendered with beside its messages.
+
+    Attributes:
+        tools: tool descriptions.
+        variables: further variables of the chat template, such as `enable_thinking`.
+        allow_special: special tokens in messages and tools act as control tokens; otherwise they are read as text.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    allow_special: bool = False
+
+
+DEFAULT_OPTIONS = ChatOptions()
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer comes with a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def mentions(tokenizer: Any, name: str) -> bool:
+    """Whether the chat template names a variable or field."""
+    return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)) is not None
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    options: ChatOptions = DEFAULT_OPTIONS,
+    generation_prompt: bool = False,
+) -> str:
+    """The text of `messages` by the tokenizer's template, with special tokens in them escaped (`tokenized.escaped`).
+
+    Raises:
+        InputError: a message of the wrong form, no template, or the template refuses the conversation or leaves out
+            a message.
+    """
+    return apply(tokenizer, plain(tokenizer, messages, options), options, generation_prompt)
+
+
+def apply(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, generation_prompt: bool = False) -> str:
+    """The text of messages that are plain already.
+
+    Raises:
+        InputError: the template refuses them.
+    """
+    try:
+        return _applied(tokenizer, messages, options, generation_prompt)
+    except Exception as error:
+        # Some templates join arguments to text: those take them as JSON text.
+        written = [_with_written_arguments(message) for message in messages]
+        with suppress(Exception):
+            if written != list(messages):
+                return _applied(tokenizer, written, options, generation_prompt)
+        raise InputError(f"the backbone's chat template refuses this conversation: {error}") from error
+
+
+def _applied(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, generation_prompt: bool) -> str:
+    tools, variables = list(options.tools), dict(options.variables)
+    if (tools or variables) and not options.allow_special:
+        tools, variables = escaped([tools, variables], special_tokens(tokenizer))
+    conversation = list(messages)
+    if TELLS_NONE.search(str(tokenizer.chat_template)):
+        conversation = [
+            {**one, "content": None} if one.get("tool_calls") and not one["content"] else one for one in conversation
+        ]
+    rendered: str = tokenizer.apply_chat_template(
+        conversation, tools=tools or None, tokenize=False, add_generation_prompt=generation_prompt, **variables
+    )
+    return rendered
+
+
+def _with_written_arguments(message: Plain) -> Plain:
+    """The message with the arguments of its calls as JSON text."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        written = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+        calls.append({**call, "function": written} if "function" in call else written)
+    return {**message, "tool_calls": calls} if calls else message
+
+
+# Messages as templates take them
+
+
+def plain(
+    tokenizer: Any,
+    messages: Sequence[ChatMessage],
+    options: ChatOptions = DEFAULT_OPTIONS,
+    lead: Sequence[Plain] = (),
+) -> list[Plain]:
+    """The messages as templates take them: content a text, tool calls with parsed arguments, nothing empty.
+
+    A legacy `function_call` becomes a tool call, reasoning gets the name that the template has for it, and a
+    developer's message is the system's where the template names no developer. What the template leaves out is written
+    out: the system's message as the user's, a tool's as the user's between `<tool_response>` markers, calls behind the
+    content of their message.
+
+    Args:
+        lead: plain messages in front of these.
+
+    Raises:
+        InputError: no template, a message of the wrong form, a reserved template variable, or a message whose content
+            the template leaves out all the same.
+    """
+    if not has_template(tokenizer):
+        raise InputError("the backbone's tokenizer has no chat template: pass the context as text instead of messages")
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise InputError(f"messages is {messages!r}: give a list of messages, each with a role and content")
+    reserved = sorted(_reserved(tokenizer) & set(options.variables)) if options.variables else []
+    if reserved:
+        raise InputError(f"{reserved[0]} is no variable that a chat template can be given: leave it out")
+    read = [_plain_message(tokenizer, index, message) for index, message in enumerate(messages)]
+    if not options.allow_special:
+        markers = special_tokens(tokenizer)
+        read = [escaped(message, markers) for message in read]
+    lost = _lost(tokenizer, read, options, lead) or []
+    for _ in range(2):
+        if lost:
+            read = [_written_out(one) if index in lost else one for index, one in enumerate(read)]
+            left = _lost(tokenizer, read, options, lead)
+            if left is None:
+                # A result without its call is refused: all of them are written out then.
+                tools = [one["role"] == "tool" or bool(one.get("tool_calls")) for one in read]
+                read = [_written_out(one) if of_tool else one for one, of_tool in zip(read, tools, strict=True)]
+                left = _lost(tokenizer, read, options, lead)
+            lost = lost if left is None else left
+    if lost:
+        raise InputError(
+            f"the chat template leaves out the content of message {lost[0]} ({messages[lost[0]]['role']}) in this "
+            "conversation: leave the message out, put its words into another one, or end with a user's message"
+        )
+    return read
+
+
+def _reserved(tokenizer: Any) -> frozenset[str]:
+    """Names that `apply_chat_template` and templates have for other things than variables."""
+    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages", "conversation"}
+
+
+def _lost(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, lead: Sequence[Plain]) -> list[int] | None:
+    """Which messages have a content or a call that the template does not write, by a rendering with all marked.
+
+    None: the template refuses the conversation.
+    """
+    numbers = count()
+    wanted: list[set[str]] = []
+
+    def marked(message: Plain) -> Plain:
+        marks = [str(next(numbers)) for _ in range(1 + len(message.get("tool_calls", ())))]
+        own, *calls = (f"\u2063{number}\u2063" for number in marks)
+        spoken = bool(message["content"].strip())
+        wanted.append(set(marks if spoken else marks[1:]))
+        one = {**message, "content": own if spoken else message["content"]}
+        if calls:
+            one["tool_calls"] = [_renamed(*pair) for pair in zip(message["tool_calls"], calls, strict=True)]
+        return one
+
+    try:
+        shown = set(MARK.findall(apply(tokenizer, [*lead, *map(marked, messages)], options)))
+    except InputError:
+        return None
+    return [index for index, marks in enumerate(wanted) if not marks <= shown]
+
+
+def _renamed(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": {**call["function"], "name": name}}
+    return {**call, "name": name}
+
+
+def _written_out(message: Plain) -> Plain:
+    """A message in another form, for a template that leaves it out in this one."""
+    content = message["content"]
+    if message.get("tool_calls"):
+        functions = [call.get("function", call) for call in message["tool_calls"]]
+        rest = {name: value for name, value in message.items() if name != "tool_calls"}
+        return {**rest, "content": "\n".join([*([content] if content else []), *map(_call_text, functions)])}
+    if message["role"] == "developer":
+        return {**message, "role": "system"}
+    if message["role"] == "tool":
+        return {**message, "role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    return {**message, "role": "user"} if message["role"] == "system" else message
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    """A call in the widespread form of Hermes."""
+    call = {"name": function["name"], "arguments": function.get("arguments", {})}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+
+def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InputError(f"message {index} is {message!r}: a message is an object with a role and content")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise InputError(f"message {index} has content that is not text: only text parts can be read")
+        content = "".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise InputError(f"message {index} has content {content!r}: give a text")
+    if message.get("function_call") is not None:
+        if calls:
+            raise InputError(f"message {index} has both tool_calls and function_call: give one of them")
+        calls = [{"type": "function", "function": message["function_call"]}]
+    if content is None and not calls:
+        raise InputError(f"message {index} ({message['role']}) has neither content nor tool_calls")
+    # Templates tell an absent field from an empty one; clients that write every field mean absent.
+    left_out = {"tool_calls", "function_call", *REASONING}
+    cleaned = {name: value for name, value in message.items() if value is not None and name not in left_out}
+    cleaned["role"] = "tool" if message["role"] == "function" else message["role"]
+    if message["role"] == "developer" and not mentions(tokenizer, "developer"):
+        # A template that prints any role would print one that its model has never seen.
+        cleaned["role"] = "system"
+    cleaned["content"] = content or ""
+    check_characters(cleaned["content"], f"message {index}")
+    reasoning = next((message[name] for name in REASONING if message.get(name)), None)
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise InputError(f"message {index} has reasoning {reasoning!r}: give a text")
+        check_characters(reasoning, f"the reasoning of message {index}")
+        cleaned |= {name: reasoning for name in reasoning_fields(tokenizer)}
+    if not calls:
+        return cleaned
+    if not isinstance(calls, list):
+        raise InputError(f"message {index} has tool_calls {calls!r}: give a list of calls")
+    functions = [_function(index, call) for call in calls]
+    cleaned["tool_calls"] = [
+        {**call, "function": {**call["function"], **function}} if "function" in call else {**call, **function}
+        for call, function in zip(calls, functions, strict=True)
+    ]
+    return cleaned
+
+
+def reasoning_fields(tokenizer: Any) -> list[str]:
+    """The names that the template has for an assistant's reasoning."""
+    template = str(tokenizer.chat_template)
+    # As fields of a message: `reasoning` alone is also a word of prompts.
+    return [name for name in REASONING if re.search(rf"\.{name}\b|['\"]{name}['\"]", template)]
+
+
+def _function(index: int, call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise InputError(f"message {index} has a tool call {call!r}: give it a function with name and arguments")
+    arguments = function.get("arguments", {})
+    try:
+        # The OpenAI format has arguments as JSON text; templates write them as JSON themselves.
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError as error:
+        raise InputError(f"message {index} has tool call arguments that are not JSON: {arguments!r}") from error
+    return {"name": function["name"], "arguments": arguments}
+
+
+# What has no effect
+
+
+def notices(tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[str]:
+    """What of a conversation the template has no use for, and special tokens in it, in sentences."""
+    said = [
+        f"the chat template has no variable {name}, so it has no effect"
+        for name in options.variables
+        if not mentions(tokenizer, name)
+    ]
+    if options.tools and not mentions(tokenizer, "tools"):
+        said.append("the chat template writes no tools, so the model does not see them: describe them in a message")
+    if not reasoning_fields(tokenizer):
+        index = next((index for index, one in enumerate(messages) if any(one.get(name) for name in REASONING)), None)
+        if index is not None:
+            said.append(f"the chat template writes no reasoning, so the model does not see that of message {index}")
+    texts = {f"message {index}": one for index, one in enumerate(messages)} | {"a tool": options.tools}
+    return said + special_notices(tokenizer, texts, options.allow_special)
+
+
+def special_notices(tokenizer: Any, texts: Mapping[str, Any], allow_special: bool) -> list[str]:
+    """Which special tokens `texts` have, named once each with the key of the first one; at most the first few."""
+    found: dict[str, str] = {}
+    markers = special_tokens(tokenizer)
+    for name, value in texts.items():
+        for text in _texts(value):
+            for marker in markers:
+                if marker in text:
+                    found.setdefault(marker, name)
+    how = "which acts as a control token" if allow_special else "which is read as text and not as a control token"
+    return [f"{name} has {marker}, {how}" for marker, name in list(found.items())[:NAMED_MARKERS]]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _texts(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
