@@ -26,7 +26,7 @@ def train(
 ) -> None:
     """Time training against a naive loop: one query a context, everything recomputed for it."""
     from evaluation.training import BenchSettings, run, to_json
-    from kveraser.model.eraser import Eraser
+    from kveraser.steering.eraser import Eraser
 
     backbone = load_backbone(model, eraser, device, dtype)
     notes = []

@@ -18,8 +18,8 @@ from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError
 from kveraser.measure.case import ALL, BenchCase, Cell, tokenize_context
 from kveraser.measure.rows import AXES
-from kveraser.methods import Erased, Method, make_method
-from kveraser.methods.base import recompute_window, result
+from kveraser.methods import Method, make_method
+from kveraser.methods.base import recompute_window, slot_tokens
 from kveraser.methods.mask import Mask
 from kveraser.model.backbone import PREFILL_CHUNK, Backbone
 from kveraser.text.spans import Span
@@ -51,14 +51,13 @@ class PositionGap(Method):
     cost = "suffix tokens"
     source = "reference of methods that keep positions"
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        masked = Mask()(backbone, cache, tokens, span)
-        remaining = [tokens[slot] for slot in masked.slots]
-        recomputed = sum(
-            recompute_window(backbone, cache, remaining, start, PREFILL_CHUNK)
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        Mask()(backbone, cache, tokens, span)
+        ids = slot_tokens(cache, tokens)
+        return sum(
+            recompute_window(backbone, cache, ids, start, PREFILL_CHUNK)
             for start in range(span.start, cache.length, PREFILL_CHUNK)
         )
-        return result(cache, masked.slots, recomputed)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return suffix

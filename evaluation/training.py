@@ -20,7 +20,7 @@ import torch
 from kveraser.errors import InputError
 from kveraser.measure.environment import environment
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 from kveraser.training.batches import batches, tokenized
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.distill import case_losses, exact_reference, prepare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from kveraser.model.backbone import Backbone
@@ -40,12 +41,10 @@ def first(count: int) -> TokenizedText:
 
 def finished(held: HeldSession) -> bool:
     """Whether the last token alone is pending, and slots, cache and transcript belong together."""
-    slots, pending = list(held.slots), held.pending_places(1)
-    held.slots += pending
-    cache, held.cache = held.cache, held.cache.fork()
-    held.backbone.extend(held.cache, [held.transcript.tokens[place] for place in pending])
-    whole = consistent(held)
-    held.slots, held.cache = slots, cache
+    pending = held.pending_places(1)
+    run = HeldSession(state=replace(held.state, cache=held.cache.fork()))
+    run.run_pending(1)
+    whole = consistent(run)
     return whole and len(pending) == 1
 
 

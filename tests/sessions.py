@@ -10,7 +10,7 @@ import torch
 from kveraser.cache.editable import EditableCache
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import score
-from kveraser.session.context import Context
+from kveraser.session.session import Session
 from tests.tiny import distance, same_bits, snapshot
 
 TEXT = (
@@ -36,15 +36,15 @@ def endless(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return scores.index_fill(1, torch.tensor([2]), -torch.inf)
 
 
-def state(session: Context) -> dict[str, Any]:
+def state(session: Session) -> dict[str, Any]:
     """All that a session is, copied."""
     return {
         "cache": snapshot(session.cache),
         "transcript": deepcopy(session.transcript),
-        "slots": list(session.slots),
+        "slots": session.cache.slot_to_token.tolist(),
         "receipts": list(session.receipts),
         "turn_open": session.turn_open,
-        "history": len(session._history),
+        "history": len(session.state.history),
     }
 
 
@@ -60,7 +60,7 @@ def logits_after(backbone: Backbone, cache: EditableCache) -> torch.Tensor:
     return score(backbone, cache, QUESTION, [60, 61, 62])
 
 
-def far(session: Context) -> float:
+def far(session: Session) -> float:
     """How far the session's cache is from a fresh prefill of its live tokens: states and answers; infinite where the
     bookkeeping differs."""
     fresh = session.backbone.prefill(session.live_tokens)
@@ -79,12 +79,13 @@ EXACT = 1e-3
 """States of the tiny models are of size 1 to 10, and batched differently they agree to some 1e-5."""
 
 
-def consistent(session: Context) -> bool:
+def consistent(session: Session) -> bool:
     """Whether cache, slots and transcript belong together."""
     transcript, cache = session.transcript, session.cache
-    held = [source for source in session.slots if source >= 0]
+    slots = cache.slot_to_token.tolist()
+    held = [source for source in slots if source >= 0]
     return (
-        len(session.slots) == cache.length == cache.positions.numel()
+        len(slots) == cache.length == cache.positions.numel()
         and len(transcript.tokens) == len(transcript.offsets) == len(transcript.live)
         and held == sorted(held)
         and [transcript.tokens[source] for source in held] == session.live_tokens

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kveraser.cache.editable import EditableCache
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import Eraser, EraserSettings
+from kveraser.steering.eraser import Eraser, EraserSettings
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("Ġ t", "h e", "Ġt he", "o n", "i n", "in g")

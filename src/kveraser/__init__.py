@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from kveraser.methods import METHODS, make_method
     from kveraser.model.backbone import Backbone
     from kveraser.model.decode import Decoding
-    from kveraser.model.eraser import Eraser
     from kveraser.session.session import Answer, Session
+    from kveraser.steering.eraser import Eraser
     from kveraser.text.spans import Characters, Message, Pattern, Text, Tokens, ToolCall
     from kveraser.training.loop import train
 
@@ -27,7 +27,7 @@ _HOMES = {
     "Characters": "text.spans",
     "Decoding": "model.decode",
     "EditableCache": "cache.editable",
-    "Eraser": "model.eraser",
+    "Eraser": "steering.eraser",
     "KVEraserError": "errors",
     "METHODS": "methods",
     "Message": "text.spans",

@@ -15,7 +15,7 @@ from kveraser.cache import editable as cache_module
 from kveraser.cache import layer as layer_module
 from kveraser.cache.editable import EditableCache
 from kveraser.cache.layer import GROWTH_MULTIPLE
-from kveraser.cache.probe import splice
+from kveraser.cache.probe import concat_kv
 from kveraser.errors import CacheError
 from kveraser.model.backbone import Backbone
 from tests.tiny import DEVICE, distance, random_tokens, same_bits, snapshot
@@ -369,7 +369,7 @@ def test_a_splice_continues_as_the_whole_and_carries_gradients(backbone: Backbon
         [(keys.clone().requires_grad_(), values.clone().requires_grad_()) for keys, values in cache.read(start, end)]
         for start, end in ((0, 10), (10, 30), (30, LENGTH))
     ]
-    logits = backbone.model(torch.tensor([QUERY], device=DEVICE), past_key_values=splice(*parts)).logits[0]
+    logits = backbone.model(torch.tensor([QUERY], device=DEVICE), past_key_values=concat_kv(*parts)).logits[0]
     assert distance([logits.detach()], [query_logits(backbone, cache.fork())]) < TOLERANCE
     logits.square().mean().backward()
     gradients = [float(tensor.grad.norm()) for part in parts for pair in part for tensor in pair]

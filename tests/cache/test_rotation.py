@@ -144,7 +144,7 @@ def test_bfloat16_keys_turn_in_float32_and_stay_bfloat16() -> None:
 
 def test_many_small_moves_end_where_one_large_one_does() -> None:
     backbone, live = tiny_backbone(), random_tokens(400)
-    cache, shift = backbone.prefill(live), make_method("shift").settled(backbone)
+    cache, shift = backbone.prefill(live), make_method("shift").resolve(backbone)
     last = [keys[:, :, 300:400].clone() for keys, _ in cache.read(0, 400)]
     for _ in range(50):
         with cache.edit():

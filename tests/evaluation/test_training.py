@@ -10,7 +10,7 @@ import torch
 from evaluation.training import BenchSettings, engine, naive, passages, run, to_json
 from kveraser.errors import EraserError, InputError
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 from kveraser.training.batches import batches, tokenized
 from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
 from tests.tiny import attach_random_eraser, tiny_backbone

@@ -15,9 +15,10 @@ from kveraser.measure import audit
 from kveraser.measure.audit import References, fidelity_interval, kl_divergence
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Audit
-from kveraser.methods import Erased, Method
-from kveraser.methods.base import result, silenced
+from kveraser.methods import Method
+from kveraser.methods.base import clear_tokens
 from kveraser.model.backbone import Backbone
+from kveraser.session.audit import audit as audit_session
 from kveraser.session.session import Session
 from kveraser.text import chat
 from kveraser.text.spans import Message, Span
@@ -37,9 +38,10 @@ class NoErase(Method):
 
     name = "no_erase"
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         cache.mark_inexact(span.start)
-        return result(cache, silenced(cache.length, span), recomputed=0)
+        clear_tokens(cache, span)
+        return 0
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return 0
@@ -250,7 +252,7 @@ def test_probes_that_do_not_feel_the_span_have_no_fidelity(session: Session) -> 
     insensitive = References(exact, exact)
     with pytest.raises(SessionError, match="the references are of"):
         session.audit([INFLUENCE], references=insensitive)
-    measured = session._audit([INFLUENCE], [], insensitive)
+    measured = audit_session(session.state, [INFLUENCE], [], insensitive)
     assert (measured.fidelity, measured.fidelity_low, measured.fidelity_high) == (None, None, None)
     assert measured.kl > 1e-4 and measured.kl_unerased == 0
 

@@ -12,7 +12,7 @@ from kveraser.measure import latency
 from kveraser.methods import METHODS, Method, make_method
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import greedy
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 from kveraser.text.spans import Span
 from tests.tiny import POSITIONS, attach_random_eraser, same_bits, snapshot, tiny_backbone
 
@@ -21,14 +21,14 @@ from tests.tiny import POSITIONS, attach_random_eraser, same_bits, snapshot, tin
 def rows() -> list[latency.LatencyRow]:
     backbone = tiny_backbone()
     attach_random_eraser(backbone)
-    methods = [make_method(name).settled(backbone) for name in METHODS]
+    methods = [make_method(name).resolve(backbone) for name in METHODS]
     return latency.run(backbone, methods, [80, 160], 16, 0.1, 2).rows
 
 
 def attached(backbone: Backbone) -> Method:
     """The learned erase of a random eraser."""
     attach_random_eraser(backbone)
-    return make_method("kveraser").settled(backbone)
+    return make_method("kveraser").resolve(backbone)
 
 
 def row_of(rows: list[latency.LatencyRow], method: str, context: int) -> latency.LatencyRow:
@@ -208,7 +208,7 @@ def test_states_outside_the_span_are_compared_and_a_changed_one_is_refused(rows:
 def test_an_eraser_of_a_layout_that_moves_keys_does_not_promise_to_leave_them() -> None:
     backbone = tiny_backbone()
     attach_random_eraser(backbone, settings=EraserSettings("closed"))
-    method = make_method("kveraser").settled(backbone)
+    method = make_method("kveraser").resolve(backbone)
     [row] = latency.run(backbone, [method], [64], 8, 0.1, 1).rows
     assert row.rest_unchanged is None
 

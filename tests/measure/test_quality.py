@@ -33,7 +33,7 @@ METHODS = (
 
 
 def settled(backbone: Backbone, *names: str) -> list[Method]:
-    return [make_method(name).settled(backbone) for name in names]
+    return [make_method(name).resolve(backbone) for name in names]
 
 
 def edited_by(backbone: Backbone, context: TokenizedContext, case: TokenizedCase, method: str) -> EditableCache:
@@ -51,7 +51,7 @@ def edited_by(backbone: Backbone, context: TokenizedContext, case: TokenizedCase
 def measured(backbone: Backbone) -> tuple[TokenizedContext, TokenizedCase, CaseResult]:
     context, (case,) = cut(backbone, judged(backbone, bench_case()))
     (result,) = measure_context(backbone, context, [case], settled(backbone, *METHODS))
-    names = {str(make_method(method).settled(backbone)): method for method in METHODS}
+    names = {str(make_method(method).resolve(backbone)): method for method in METHODS}
     methods = {names.get(name, name): of for name, of in result.methods.items()}
     return context, case, replace(result, methods=methods)
 

@@ -32,7 +32,7 @@ SPANS = (Text("left", occurrence=1), Text(SPAN), Text("of four"))
 
 def measure(backbone: Backbone, *cases: BenchCase) -> list[CaseResult]:
     context, tokenized = cut(backbone, *cases)
-    return measure_context(backbone, context, tokenized, [make_method(name).settled(backbone) for name in METHODS])
+    return measure_context(backbone, context, tokenized, [make_method(name).resolve(backbone) for name in METHODS])
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_however_many_wait_the_answers_are_the_same(
     backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch, slots: int, rows: int
 ) -> None:
     contexts = in_two_contexts(backbone)
-    methods = [make_method(name).settled(backbone) for name in (*METHODS, "erratum")]
+    methods = [make_method(name).resolve(backbone) for name in (*METHODS, "erratum")]
     alone = [
         result for context, cases in contexts for case in cases
         for result in measure_contexts(backbone, [(context, [case])], methods)
@@ -224,7 +224,7 @@ def test_however_many_wait_the_answers_are_the_same(
 def test_caches_that_are_equal_are_asked_once(backbone: Backbone, passes: list[int]) -> None:
     context, (case,) = cut(backbone, judged(backbone, bench_case()))
     # All of the suffix is computed again.
-    methods = [make_method(name).settled(backbone) for name in ("repair(500)", "mask", "repair(501)", "repair(502)")]
+    methods = [make_method(name).resolve(backbone) for name in ("repair(500)", "mask", "repair(501)", "repair(502)")]
     (result,) = measure_context(backbone, context, [case], methods)
     # Unerased; the reference; then those that computed all of it, which are equal, and mask.
     assert passes == [1, 1, 2]

@@ -38,7 +38,7 @@ CASES = [
 
 
 def chosen(backbone: Backbone, *names: str) -> list[Method]:
-    return [make_method(name).settled(backbone) for name in names]
+    return [make_method(name).resolve(backbone) for name in names]
 
 
 def test_several_processes_give_what_one_gives_in_the_same_order(

@@ -1,11 +1,12 @@
-"""`follow`: which suffix tokens it takes for echoes of the span, and what computing them afresh does."""
+"""`follow`: which suffix tokens it takes as repetitions of the span, and what computing them afresh does."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kveraser.methods import NOT_LIVE, make_method
+from kveraser.cache.editable import NO_TOKEN
+from kveraser.methods import make_method
 from kveraser.methods.overlap import most_contaminated
 from kveraser.text.spans import Span
 from tests.methods.test_methods import CHANGE, LENGTH, MIDDLE, TOKENS, TOLERANCE, changed_slots, erase, states, values
@@ -29,7 +30,7 @@ def test_a_word_of_everywhere_is_no_echo() -> None:
     assert most_contaminated(common, Span(4, 6), 0, 1) == [11]
 
 
-def test_without_echoes_it_starts_at_the_seam() -> None:
+def test_without_overlap_it_recomputes_the_first_tokens() -> None:
     tokens = list(range(20))
     assert most_contaminated(tokens, Span(4, 8), 3, 4) == list(range(8, 15))
     assert most_contaminated(tokens, Span(4, 8), 30, 30) == list(range(8, 20))
@@ -37,14 +38,14 @@ def test_without_echoes_it_starts_at_the_seam() -> None:
 
 
 def test_slots_without_a_token_are_never_taken() -> None:
-    tokens = [1, NOT_LIVE, 70, 71, NOT_LIVE, 2, NOT_LIVE, 70, 3]
+    tokens = [1, NO_TOKEN, 70, 71, NO_TOKEN, 2, NO_TOKEN, 70, 3]
     for window in range(6):
         taken = most_contaminated(tokens, Span(1, 4), window, 9)
         assert taken == [5, 7, 8]
     assert most_contaminated(tokens, Span(1, 4), 1, 1) == [5, 7]
 
 
-def test_without_echoes_it_is_repair() -> None:
+def test_without_overlap_it_is_repair() -> None:
     backbone = tiny_backbone()
     for window in (5, LENGTH):
         followed, _ = erase(backbone, f"follow({window}, 0.5, 0)")
@@ -60,7 +61,7 @@ def test_without_echoes_it_is_repair() -> None:
 def test_an_echo_is_computed_as_if_all_before_it_were_what_the_cache_says(echo: int) -> None:
     backbone, tokens = tiny_backbone(), list(TOKENS)
     tokens[echo : echo + 2] = tokens[MIDDLE.start : MIDDLE.start + 2]
-    followed, journal = erase(backbone, "follow(3, echoes=0.45, per_span=0)", tokens=tokens)
+    followed, journal = erase(backbone, "follow(3, overlap=0.45, per_span=0)", tokens=tokens)
     shifted, _ = erase(backbone, "shift", tokens=tokens)
     seam, moved = MIDDLE.start, echo + 1 - len(MIDDLE)
     assert followed.recomputed == 7 and followed.slots == shifted.slots and not followed.exact

@@ -7,14 +7,17 @@ from functools import cache as once
 import pytest
 import torch
 
+from kveraser.cache.editable import NO_TOKEN, KeyValue
 from kveraser.cache.rotation import rotate_keys
 from kveraser.errors import EraserError
-from kveraser.methods import NOT_LIVE, make_method
+from kveraser.methods import make_method
 from kveraser.methods.kveraser import DEFAULT_WINDOW
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import Eraser, EraserSettings, Layout
-from kveraser.steering.states import span_states, steering_positions
+from kveraser.steering.eraser import Eraser, EraserSettings
+from kveraser.steering.layouts import LAYOUTS, between
 from kveraser.text.spans import Span
+from kveraser.training.cases import TokenizedCase
+from kveraser.training.distill import SplicedStore, prepare
 from tests.methods.test_methods import (
     CHANGE,
     END,
@@ -62,7 +65,7 @@ def test_keep_overwrites_the_interval_and_leaves_prefix_and_suffix_bit_for_bit(f
     steering, old = states(erased.cache, MIDDLE.start, MIDDLE.end), states(before, MIDDLE.start, MIDDLE.end)
     assert all(distance([new], [state]) > CHANGE for new, state in zip(steering, old, strict=True))
     assert erased.cache.positions.tolist() == list(range(LENGTH)) and erased.next_position == LENGTH
-    assert erased.slots == (*range(MIDDLE.start), *[NOT_LIVE] * len(MIDDLE), *range(MIDDLE.end, LENGTH))
+    assert erased.slots == (*range(MIDDLE.start), *[NO_TOKEN] * len(MIDDLE), *range(MIDDLE.end, LENGTH))
     assert erased.recomputed == len(MIDDLE) and not erased.exact
     span_bytes = backbone.prefill(TOKENS).nbytes // LENGTH * len(MIDDLE)
     assert journal.bytes == journal.bytes_written == span_bytes
@@ -132,7 +135,7 @@ def test_fractional_positions_reach_the_rotary_embedding(family: str) -> None:
     old = before.read(MIDDLE.start, MIDDLE.end)[0][0]
     keys = erase(backbone, CLOSED)[0].cache.read(MIDDLE.start, MIDDLE.end)[0][0]
     rotation = backbone.rotation
-    for index, position in enumerate(steering_positions(before.positions[MIDDLE.start : MIDDLE.end], "closed")):
+    for index, position in enumerate(between(before.positions[MIDDLE.start], len(MIDDLE))):
         here, delta = old[:, :, index], float(position) - (MIDDLE.start + index)
         moved = rotate_keys(here, rotation.inverse_frequencies, rotation.conventions[0], delta)
         assert distance([keys[:, :, index]], [moved]) < STEERING
@@ -142,10 +145,9 @@ def test_fractional_positions_reach_the_rotary_embedding(family: str) -> None:
 def test_spans_are_closed_one_after_the_other() -> None:
     backbone = armed("llama")
     erased, _ = erase(backbone, CLOSED)
-    tokens = [NOT_LIVE if slot == NOT_LIVE else TOKENS[slot] for slot in erased.slots]
-    again, _ = erase(backbone, CLOSED, Span(30, 35), tokens, erased.cache)
-    held = zip(live(tokens, again), again.cache.positions.tolist(), strict=True)
-    kept = [position for token, position in held if token != NOT_LIVE]
+    again, _ = erase(backbone, CLOSED, Span(30, 35), TOKENS, erased.cache)
+    held = zip(live(TOKENS, again), again.cache.positions.tolist(), strict=True)
+    kept = [position for token, position in held if token != NO_TOKEN]
     assert kept == list(range(LENGTH - len(MIDDLE) - 5)) and again.next_position == len(kept)
 
 
@@ -178,11 +180,11 @@ def test_an_eraser_is_used_as_it_was_trained() -> None:
         ("kveraser+repair(5)", "kveraser+repair(window=5, layout='closed', per_span=0.0)"),
         ("kveraser('keep')", "kveraser(layout='keep')"),
     ):
-        assert str(make_method(open_recipe).settled(backbone)) == settled
+        assert str(make_method(open_recipe).resolve(backbone)) == settled
         assert equal_bits(states(erase(backbone, open_recipe)[0].cache), states(erase(backbone, settled)[0].cache))
     attach_random_eraser(backbone)
     untrained = {"window": DEFAULT_WINDOW, "layout": "keep", "per_span": 0.0}
-    assert make_method("kveraser+repair").settled(backbone).parameters == untrained
+    assert make_method("kveraser+repair").resolve(backbone).parameters == untrained
 
 
 def test_the_repair_window_follows_the_span_as_it_was_trained_to() -> None:
@@ -196,7 +198,7 @@ def test_the_repair_window_follows_the_span_as_it_was_trained_to() -> None:
     ):
         erased, _ = erase(backbone, recipe)
         assert erased.recomputed == len(MIDDLE) + width
-        settled = make_method(recipe).settled(backbone)
+        settled = make_method(recipe).resolve(backbone)
         assert settled.estimate(MIDDLE.start, len(MIDDLE), LENGTH - MIDDLE.end) == len(MIDDLE) + width
 
 
@@ -205,7 +207,7 @@ def test_without_an_eraser_the_learned_methods_refuse(backbone: Backbone, recipe
     with pytest.raises(EraserError, match="no eraser is loaded for tiny-llama"):
         erase(backbone, recipe)
     with pytest.raises(EraserError, match="no eraser is loaded"):
-        make_method("kveraser").settled(backbone)
+        make_method("kveraser").resolve(backbone)
 
 
 def test_a_span_at_the_end_leaves_nothing_to_repair() -> None:
@@ -218,17 +220,26 @@ def test_a_span_at_the_end_leaves_nothing_to_repair() -> None:
 # Training
 
 
+def spliced(backbone: Backbone, span: Span, layout: str) -> list[KeyValue]:
+    """The steering states that a layout writes in training."""
+    prefix, inside, suffix = TOKENS[: span.start], TOKENS[span.start : span.end], TOKENS[span.end :]
+    queries = (((60, 61), (62, 63)),)
+    case = TokenizedCase("1", "any", tuple(prefix), tuple(inside), tuple(suffix), queries, ("influence",))
+    store = SplicedStore(backbone, prepare(backbone, [case]))
+    LAYOUTS[layout].write(store, backbone.require_eraser().extras)
+    return store.steering
+
+
 @pytest.mark.parametrize(
     ("family", "layout"),
     [(family, "keep") for family in FAMILIES] + [(family, "closed") for family in ROTARY_FAMILIES],
 )
-def test_steering_out_of_place_equals_steering_in_place(family: str, layout: Layout) -> None:
+def test_steering_out_of_place_equals_steering_in_place(family: str, layout: str) -> None:
     backbone = armed(family)
     for span in SPANS.values():
         cache = backbone.prefill(TOKENS)
-        positions = steering_positions(cache.positions[span.start : span.end], layout)
         with torch.no_grad():
-            steering = span_states(backbone, cache.read(0, span.start), [TOKENS[span.start : span.end]], positions)
+            steering = spliced(backbone, span, layout)
         flat = [keys for keys, _ in steering] + [value for _, value in steering]
         erased, _ = erase(backbone, f"kveraser(layout='{layout}')", span)
         assert distance(flat, states(erased.cache, span.start, span.end)) < STEERING
@@ -240,10 +251,7 @@ def test_the_gradient_reaches_every_matrix_that_steering_depends_on_and_nothing_
     backbone = tiny_backbone(family)
     eraser = attach_random_eraser(backbone)
     randomize(eraser, seed=3)
-    cache = backbone.prefill(TOKENS)
-    steering = span_states(
-        backbone, cache.read(0, MIDDLE.start), [TOKENS[MIDDLE.start : MIDDLE.end]], cache.positions[14:23]
-    )
+    steering = spliced(backbone, MIDDLE, "keep")
     sum(keys.square().sum() + value.square().sum() for keys, value in steering).backward()  # type: ignore[union-attr]
     last = f".{backbone.layers - 1}."
     matrices = eraser.parameters()

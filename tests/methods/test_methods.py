@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache as once
 from math import ceil
 
 import pytest
 import torch
 
-from kveraser.cache.editable import EditableCache, Journal
-from kveraser.cache.probe import splice
+from kveraser.cache.editable import NO_TOKEN, EditableCache, Journal
+from kveraser.cache.probe import concat_kv
 from kveraser.errors import MethodError, RotationError
-from kveraser.methods import NOT_LIVE, Erased, make_method
+from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 from kveraser.text.spans import Span
 from tests.tiny import (
     FAMILIES,
@@ -68,14 +69,26 @@ def armed(family: str, recipe: str = "") -> Backbone:
     return _armed(family, next(fit, EraserSettings()))
 
 
+@dataclass(frozen=True)
+class Erased:
+    """A cache after an erase, and its figures at that time."""
+
+    cache: EditableCache
+    recomputed: int
+    slots: tuple[int, ...]
+    next_position: int
+    exact: bool
+
+
 def erase(
     backbone: Backbone, recipe: str, span: Span = MIDDLE, tokens: Sequence[int] = TOKENS,
     cache: EditableCache | None = None,
 ) -> tuple[Erased, Journal]:  # fmt: skip
     cache = backbone.prefill(tokens) if cache is None else cache
     with cache.edit() as journal:
-        erased = make_method(recipe)(backbone, cache, tokens, span)
-    return erased, journal
+        recomputed = make_method(recipe)(backbone, cache, tokens, span)
+    slots = tuple(cache.slot_to_token.tolist())
+    return Erased(cache, recomputed, slots, cache.next_position, cache.exact), journal
 
 
 def without(span: Span, tokens: Sequence[int] = TOKENS) -> list[int]:
@@ -83,7 +96,7 @@ def without(span: Span, tokens: Sequence[int] = TOKENS) -> list[int]:
 
 
 def live(tokens: Sequence[int], erased: Erased) -> list[int]:
-    return [NOT_LIVE if slot == NOT_LIVE else tokens[slot] for slot in erased.slots]
+    return [NO_TOKEN if slot == NO_TOKEN else tokens[slot] for slot in erased.slots]
 
 
 def states(cache: EditableCache, start: int = 0, end: int | None = None) -> list[torch.Tensor]:
@@ -142,9 +155,8 @@ def test_every_method_keeps_the_contract_and_is_undone_bit_for_bit(family: str, 
         return
     unerased = answer(backbone, cache)
     erased, journal = erase(backbone, recipe, cache=cache)
-    assert erased.cache is cache and len(erased.slots) == cache.length
-    assert erased.next_position == cache.next_position
-    assert [slot for slot in erased.slots if slot != NOT_LIVE] == [*range(MIDDLE.start), *range(MIDDLE.end, LENGTH)]
+    assert len(erased.slots) == cache.length == len(cache.positions)
+    assert [slot for slot in erased.slots if slot != NO_TOKEN] == [*range(MIDDLE.start), *range(MIDDLE.end, LENGTH)]
     assert equal_bits(states(cache, 0, MIDDLE.start), prefix)
     assert distance([answer(backbone, cache)], [unerased]) > CHANGE, "an erase that changes nothing proves nothing"
     exact = distance([answer(backbone, cache)], [answer(backbone, backbone.prefill(without(MIDDLE)))]) < CHANGE
@@ -162,7 +174,7 @@ def test_slots_tell_which_token_every_slot_holds(family: str, recipe: str) -> No
     backbone = armed(family, recipe)
     before = values(backbone.prefill(TOKENS))[0]
     erased, _ = erase(backbone, recipe)
-    kept = [slot for slot, source in enumerate(erased.slots) if source != NOT_LIVE]
+    kept = [slot for slot, source in enumerate(erased.slots) if source != NO_TOKEN]
     sources = [erased.slots[slot] for slot in kept]
     after = values(erased.cache)[0]
     assert distance([after[:, :, kept]], [before[:, :, sources]]) < 1e-5
@@ -212,11 +224,10 @@ def test_recompute_removes_the_traces_of_an_earlier_erase(recipe: str, order: tu
     backbone, spans = armed("llama", recipe), (MIDDLE, Span(30, 35))
     first, second = (spans[index] for index in order)
     erased, _ = erase(backbone, recipe, first)
-    tokens = live(TOKENS, erased)
     start = erased.slots.index(second.start)
-    again, _ = erase(backbone, "recompute", Span(start, start + len(second)), tokens, erased.cache)
+    again, _ = erase(backbone, "recompute", Span(start, start + len(second)), TOKENS, erased.cache)
     remaining = [token for slot, token in enumerate(TOKENS) if not any(span.start <= slot < span.end for span in spans)]
-    assert again.exact and live(tokens, again) == remaining
+    assert again.exact and live(TOKENS, again) == remaining
     assert_fresh(backbone, again.cache, remaining)
 
 
@@ -225,9 +236,9 @@ def test_recompute_of_two_spans_agrees_in_either_order(family: str) -> None:
     backbone, early, late = armed(family), Span(5, 11), Span(20, 29)
     forward, _ = erase(backbone, "recompute", early)
     moved = Span(late.start - len(early), late.end - len(early))
-    forward, _ = erase(backbone, "recompute", moved, live(TOKENS, forward), forward.cache)
+    forward, _ = erase(backbone, "recompute", moved, TOKENS, forward.cache)
     backward, _ = erase(backbone, "recompute", late)
-    backward, _ = erase(backbone, "recompute", early, live(TOKENS, backward), backward.cache)
+    backward, _ = erase(backbone, "recompute", early, TOKENS, backward.cache)
     assert distance(states(forward.cache), states(backward.cache)) < TOLERANCE
     assert_fresh(backbone, forward.cache, [*TOKENS[:5], *TOKENS[11:20], *TOKENS[29:]])
 
@@ -264,7 +275,7 @@ def test_zero_value_silences_values_and_keeps_all_else(backbone: Backbone) -> No
     assert all(not value.any() for value in values(erased.cache, MIDDLE.start, MIDDLE.end))
     assert equal_bits(states(erased.cache)[:3], states(before)[:3])
     assert equal_bits(values(erased.cache, MIDDLE.end), values(before, MIDDLE.end))
-    assert erased.slots[MIDDLE.start : MIDDLE.end] == (NOT_LIVE,) * len(MIDDLE) and erased.next_position == LENGTH
+    assert erased.slots[MIDDLE.start : MIDDLE.end] == (NO_TOKEN,) * len(MIDDLE) and erased.next_position == LENGTH
 
 
 @pytest.mark.parametrize("filler", ["\n", "nothing. "])
@@ -329,8 +340,8 @@ def test_erratum_appends_a_notice_that_quotes_the_span(chat: bool, text: str, qu
     tokens, erased, notice = erratum_of(backbone, text, quoted)
     assert notice.startswith(opening) and (quoted in notice or " 11 ... 28 " in notice)
     appended = erased.cache.length - len(tokens)
-    assert erased.recomputed == appended > 20 and erased.slots[-appended:] == (NOT_LIVE,) * appended
-    assert NOT_LIVE in erased.slots[: len(tokens)] and not erased.exact
+    assert erased.recomputed == appended > 20 and erased.slots[-appended:] == (NO_TOKEN,) * appended
+    assert NO_TOKEN in erased.slots[: len(tokens)] and not erased.exact
     assert not make_method("erratum").removes_text
 
 
@@ -402,7 +413,7 @@ def test_selective_needs_two_layers_and_an_attention_that_takes_masks() -> None:
 def steered_later(recipe: str) -> Erased:
     """Slots 26-29 hold steering states, and then MIDDLE is erased by `recipe`."""
     steered, _ = erase(armed("llama"), "kveraser(layout='keep')", Span(26, 30))
-    return erase(armed("llama"), recipe, MIDDLE, live(TOKENS, steered), steered.cache)[0]
+    return erase(armed("llama"), recipe, MIDDLE, TOKENS, steered.cache)[0]
 
 
 def test_repair_leaves_slots_without_a_token_and_reads_them() -> None:
@@ -411,7 +422,7 @@ def test_repair_leaves_slots_without_a_token_and_reads_them() -> None:
     assert changed_slots(values(repaired.cache)[2], values(shifted.cache)[2]) == [14, 15, 16, 21, 22, 23, 24, 25]
     assert equal_bits(states(repaired.cache, 17, 21), states(shifted.cache, 17, 21))
     assert repaired.recomputed == 12 - len(steering) and not repaired.exact
-    by_hand = splice(shifted.cache.read(0, start))
+    by_hand = concat_kv(shifted.cache.read(0, start))
     for first, last in ((start, steering.start), (steering.stop, end)):
         with torch.no_grad():
             backbone.model(
@@ -421,7 +432,7 @@ def test_repair_leaves_slots_without_a_token_and_reads_them() -> None:
             )
         if first == start:
             so_far = [(layer.keys, layer.values) for layer in by_hand.layers]
-            by_hand = splice(so_far, shifted.cache.read(steering.start, steering.stop))
+            by_hand = concat_kv(so_far, shifted.cache.read(steering.start, steering.stop))
     expected = [layer.keys for layer in by_hand.layers] + [layer.values for layer in by_hand.layers]
     assert distance(states(repaired.cache, 0, end), expected) < TOLERANCE
 

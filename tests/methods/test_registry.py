@@ -33,7 +33,7 @@ def test_every_method_says_what_it_does_what_it_costs_and_where_it_is_from(name:
         ("selective(0.5)", {}, {"ratio": 0.5}),
         ("kveraser+repair(8, layout='closed')", {}, {"window": 8, "layout": "closed", "per_span": None}),
         ("kveraser('closed')", {}, {"layout": "closed"}),
-        ("follow", {}, {"window": 32, "per_span": 0.25, "echoes": 0.75}),
+        ("follow", {}, {"window": 32, "per_span": 0.25, "overlap": 0.75}),
         ("blank('a, (b)')", {}, {"filler": "a, (b)"}),
     ],
 )
@@ -71,7 +71,7 @@ def test_methods_are_read_from_text(text: str, named: dict[str, Any], parameters
         ("kveraser+repair(0)", {}, "window is 0"),
         ("kveraser('suffix')", {}, "layout suffix was removed"),
         ("follow(0)", {}, "window is 0"),
-        ("follow(8, echoes='a')", {}, "echoes is 'a'"),
+        ("follow(8, overlap='a')", {}, "overlap is 'a'"),
         ("kveraser+repair(3, per_span=1e999)", {}, "per_span is inf"),
         ("blank('')", {}, "filler"),
         ("blank(3)", {}, "filler"),

@@ -42,7 +42,7 @@ def test_states_and_answers_are_as_with_repeated_heads(method: str, monkeypatch:
     for backbone in (tiny_backbone(), sharing()):
         cache = backbone.prefill(TOKENS)
         with cache.edit():
-            make_method(method).settled(backbone)(backbone, cache, TOKENS, Span(10, 18))
+            make_method(method).resolve(backbone)(backbone, cache, TOKENS, Span(10, 18))
         scores = score_together(backbone, cache, PAIRS)
         found.append((snapshot(cache), scores))
         passes.append(len(repeated))

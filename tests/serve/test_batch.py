@@ -26,7 +26,7 @@ def prefilled(backbone: Backbone) -> list[EditableCache]:
 def edited(backbone: Backbone, method: str, cache: EditableCache) -> EditableCache:
     tokens = random_tokens(cache.length, LENGTHS.index(cache.length))
     with cache.edit():
-        make_method(method).settled(backbone)(backbone, cache, tokens, Span(3, 9))
+        make_method(method).resolve(backbone)(backbone, cache, tokens, Span(3, 9))
     return cache
 
 

@@ -97,7 +97,7 @@ def test_undo_steps_that_lie_behind_go_with_what_is_truncated(engine: Transforme
     engine.truncate(held, 60)
     assert held.undo_steps == 0
     assert held.live_tokens == [*words(60).tokens[:10], *words(60).tokens[21:]]
-    assert held.slots[:48] == erased["slots"]
+    assert held.cache.slot_to_token.tolist()[:48] == erased["slots"]
     for wrong in (0, -1, 61):
         with pytest.raises(SessionError, match="can't keep"):
             engine.truncate(held, wrong)
@@ -128,7 +128,7 @@ def holds(row: torch.Tensor) -> int:
 
 def key_of(held: HeldSession, token: int) -> torch.Tensor:
     """The key of the last layer's first head at a token: a value that no other context has."""
-    slot = held.slots.index(token)
+    slot = held.cache.slot_to_token.tolist().index(token)
     return held.cache.layers[-1].keys[0, 0, slot].clone()  # type: ignore[index]
 
 
@@ -137,7 +137,7 @@ def test_an_erase_that_can_not_be_undone_leaves_no_copy(engine: TransformersEngi
     held = read(engine, words(60, 11))
     inside, behind = key_of(held, 15), key_of(held, 58)
     engine.erase(held, [Span(30, 34)], "shift", None, undoable=True)
-    earlier = held._history[-1].journal
+    earlier = held.state.history[-1].journal
     assert holds(inside) == 1 and earlier is not None and earlier.bytes > 0
     engine.erase(held, SPAN, method, None, undoable=True)
     assert holds(inside) >= 1 and held.undo_steps == 2

@@ -61,7 +61,7 @@ def edited(messages: list[Any], gone: list[int], tail: list[Any], method: str = 
     `gone` erased, and what is left is continued with `tail`."""
     tokens, tokenizer = tokens_of(messages), backbone().tokenizer
     session = Session(backbone(), text="x")
-    session.cache, session.slots = backbone().prefill(tokens[:-1]), list(range(len(tokens) - 1))
+    session.state.cache = backbone().prefill(tokens[:-1])
     text, ranges = chat_text.render_with_ranges(tokenizer, messages)
     whole_text = text + chat_text.reply_opening(tokenizer)
     assert backbone().tokenize(whole_text)[0] == list(tokens)

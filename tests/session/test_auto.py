@@ -12,6 +12,7 @@ from kveraser.measure.probes import Probe
 from kveraser.methods import METHODS, make_method
 from kveraser.methods.apply import EXACT_SHARE
 from kveraser.model.backbone import Backbone
+from kveraser.session import erase as erasing
 from kveraser.session.session import Session
 from kveraser.text.spans import Characters
 from tests.sessions import EXACT, TEXT, consistent, far, same, state
@@ -30,13 +31,13 @@ def session(backbone: Backbone) -> Session:
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the methods that a session runs, as it runs them."""
     names: list[str] = []
-    inside = Session._erase
+    inside = erasing.erase
 
-    def record(self: Session, spans: Any, method: Any, undoable: bool = True, force: bool = False) -> Any:
+    def record(state: Any, spans: Any, method: Any) -> Any:
         names.append(method.name)
-        return inside(self, spans, method, undoable, force)
+        return inside(state, spans, method)
 
-    monkeypatch.setattr(Session, "_erase", record)
+    monkeypatch.setattr(erasing, "erase", record)
     return names
 
 
@@ -46,7 +47,7 @@ def kl_of_each(backbone: Backbone, probes: Any = PROBES) -> dict[str, float]:
     ((span, _),) = session.find(SPAN)
     for name, kind in METHODS.items():
         if kind.removes_text and (not kind.needs_eraser or backbone.eraser is not None):
-            method = make_method(name).settled(backbone)
+            method = make_method(name).resolve(backbone)
             suffix = len(session.transcript.tokens) - span.end
             cost = method.estimate(span.start, len(span), suffix)
             if session.erase(SPAN, method).method != name:
@@ -111,7 +112,7 @@ def test_a_budget_of_zero_is_met_by_exactness_alone(session: Session, tried: lis
     def measured(*arguments: Any) -> None:
         raise AssertionError("no measurement could show exactness")
 
-    monkeypatch.setattr(Session, "_audit", measured)
+    monkeypatch.setattr(erasing, "audit", measured)
     assert session.erase("noon", "auto", max_kl=0, probes=["Who?"]).method == "recompute"
 
 
@@ -152,7 +153,7 @@ def test_methods_that_fail_on_the_way_are_passed_over(tried: list[str]) -> None:
 def test_without_undo_only_the_chosen_state_is_left(session: Session) -> None:
     session.erase("noon", "mask")
     receipt = session.erase(SPAN, "auto", max_kl=1e9, undoable=False)
-    assert receipt.undo_bytes == 0 and session.receipts[-1] == receipt and session._history == []
+    assert receipt.undo_bytes == 0 and session.receipts[-1] == receipt and session.state.history == []
     assert receipt.audit is not None
 
 
@@ -172,7 +173,7 @@ def test_a_failing_audit_takes_the_erase_back(session: Session, error: Any, monk
         raise error("in the middle")
 
     before = state(session)
-    monkeypatch.setattr(Session, "_audit", fail)
+    monkeypatch.setattr(erasing, "audit", fail)
     with pytest.raises(error, match="in the middle"):
         session.erase(SPAN, "auto", max_kl=0.5)
     assert same(before, state(session))

@@ -11,11 +11,10 @@ import torch
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import EraserError, KVEraserError, MethodError, RotationError, SpanError
-from kveraser.methods import Erased, Method, make_method
-from kveraser.methods.base import result, silenced
+from kveraser.methods import Method, make_method
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import EraserSettings
 from kveraser.session.session import Session
+from kveraser.steering.eraser import EraserSettings
 from kveraser.text.spans import Characters, Message, Span, Tokens
 from tests.sessions import EXACT, TEXT, far, same, state
 from tests.tiny import attach_random_eraser, tiny_backbone
@@ -119,7 +118,7 @@ class Failing(Method):
 
     name = "failing"
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         assert self.done is not None
         erased = make_method("repair(4)")(backbone, cache, tokens, span)
         self.done.append(1)
@@ -172,34 +171,29 @@ def test_an_interruption_after_the_last_pass_restores_every_bit(session: Session
 
     before = state(session)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("kveraser.session.session.Receipt", interrupt)
+        patch.setattr("kveraser.session.erase.Receipt", interrupt)
         session.erase(SPAN, "repair(4)")
     assert same(before, state(session))
 
 
 @dataclass(frozen=True)
 class Careless(Method):
-    """Says that the span is live still, or miscounts its slots."""
-
-    short: bool = False
+    """Leaves the span in the cache."""
 
     name = "careless"
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        slots = list(range(cache.length))
-        if self.short:
-            return Erased(cache, cache.next_position, tuple(silenced(cache.length, span)[:-1]), 0, False)
-        return result(cache, slots, 0)
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        cache.zero_values(span.start, span.end)
+        return 0
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return 0
 
 
-@pytest.mark.parametrize("short", [False, True])
-def test_a_method_that_breaks_its_contract_is_refused(session: Session, short: bool) -> None:
+def test_a_method_that_leaves_the_span_in_the_cache_is_refused(session: Session) -> None:
     before = state(session)
-    with pytest.raises(MethodError, match=r"careless.* choose another method"):
-        session.erase(SPAN, Careless(short))
+    with pytest.raises(MethodError, match=r"careless left tokens of the span .* choose another method"):
+        session.erase(SPAN, Careless())
     assert same(before, state(session))
 
 

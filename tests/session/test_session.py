@@ -12,8 +12,8 @@ from kveraser.cache.editable import Journal
 from kveraser.errors import SessionError
 from kveraser.methods import METHODS
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import EraserSettings
 from kveraser.session.session import Session
+from kveraser.steering.eraser import EraserSettings
 from kveraser.text.spans import Characters, Message, Pattern, Text, Tokens, ToolCall
 from tests.sessions import EXACT, MESSAGES, TEXT, consistent, far, same, state
 from tests.tiny import attach_random_eraser, tiny_backbone
@@ -128,7 +128,7 @@ def test_the_answer_changes_to_that_of_the_exact_reference(session: Session) -> 
     session.erase("The captain is Ada.", "recompute")
     after = session.ask("Who keeps the log?", **NEW).tokens
     fresh = session.fork()
-    fresh.cache = session.backbone.prefill(session.live_tokens)
+    fresh.state.cache = session.backbone.prefill(session.live_tokens)
     assert after == fresh.ask("Who keeps the log?", **NEW).tokens != before
 
 
@@ -202,7 +202,7 @@ def test_a_receipt_says_what_was_done(method: str) -> None:
     assert receipt.exact is session.exact is (method == "recompute")
     assert receipt.next_position == session.cache.next_position
     assert receipt.seconds > 0 and receipt.bytes_written > 0
-    saved = session._history[-1].journal
+    saved = session.state.history[-1].journal
     assert saved is not None and receipt.undo_bytes == saved.bytes == sum(
         tensor.nbytes for step in saved.steps for pair in step.states for tensor in pair if tensor is not None
     )

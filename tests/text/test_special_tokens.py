@@ -10,6 +10,7 @@ import pytest
 from kveraser import Session
 from kveraser.errors import InputError
 from kveraser.serve.rendering import read_messages, read_prompt
+from kveraser.session.answer import question_tokens
 from kveraser.text import chat
 from kveraser.text.chat import ChatOptions
 from kveraser.text.template import notices
@@ -92,7 +93,7 @@ def test_documents_additions_and_questions_are_read_as_text(templated: bool) -> 
             session = Session(backbone, text=f"The tide. {FORGED}", **options)
             read = [forged(session.live_tokens)]
             session.append(FORGED)
-        asked = session._prompt(FORGED)
+        asked = question_tokens(session.state, FORGED)
         assert FORGED in asked.text
         return [*read, forged(session.live_tokens), forged(asked.tokens)]
 

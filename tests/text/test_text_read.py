@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kveraser.measure.probes import default_secrets, mentions
 from kveraser.model.backbone import Backbone
+from kveraser.session.answer import question_tokens
 from kveraser.session.session import Session
 from kveraser.text.chat import added_text
 from kveraser.text.spans import Text
@@ -65,7 +66,7 @@ def test_appended_text_is_read_as_it_is_shown(prefixed: Callable[[Tokenizer], No
 def test_questions_and_served_text_go_on_without_a_space(prefixed: Callable[[Tokenizer], None]) -> None:
     backbone = sentencepiece(prefixed)
     session = Session(backbone, text="There are 12")
-    question = session._prompt("How many?")
+    question = question_tokens(session.state, "How many?")
     shown = backbone.tokenizer.decode([*session.live_tokens, *question.tokens])
     assert shown == session.text + question.text
     assert added_text(backbone.tokenizer, question.text).tokens == tuple(question.tokens)

@@ -11,7 +11,7 @@ import torch
 from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import score
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 from kveraser.text.spans import Span
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.checkpoint import TrainingError

@@ -17,7 +17,8 @@ import yaml
 from kveraser.errors import InputError
 from kveraser.measure.questions import Query
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import SLOT_EMBEDDINGS, Eraser, EraserSettings
+from kveraser.steering.eraser import Eraser, EraserSettings
+from kveraser.steering.layouts import SLOT_EMBEDDINGS
 from kveraser.training import loop
 from kveraser.training import prepared as prepared_module
 from kveraser.training.cases import Case, read_cases, tokenize, write_cases

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from kveraser.errors import ContextLengthError, InputError, UnsupportedModelError
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 from kveraser.training.build import BuildSettings, build_cases
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.cost import case_flops, case_shape, memory, model_shape

@@ -1,11 +1,13 @@
 """The editable KV cache: preallocated, written in place, undone bit for bit.
 
-Together with `cache_layer` and `scratch_cache` the only file that touches cache internals. Three ideas carry it:
+Only this package touches cache internals. Four rules:
 
-- **Slots and positions are two things.** A slot is an index into the buffers; its position is what the rotary embedding
-  was given. They start equal and part after an edit, so the cache carries `positions` (one per slot) and
-  `next_position`. Every slot in the cache is visible to every later one: what must not be seen is not kept.
-- **Edits are journalled.** `edit()` opens a journal; `overwriting`, `drop`, `rotate` and `set_values` record the
+- **A slot is not a position.** A slot is an index into the buffers; its position is the one that the rotary embedding
+  was computed at. They differ after an edit, so the cache carries `positions` (one per slot) and `next_position`.
+  Every slot is visible to every later one: a state that must not be attended to is removed.
+- **The cache owns what it holds.** `slot_to_token` says which token of the text every slot holds, `NO_TOKEN` for
+  steering states, zeroed values and a method's own words. Edits keep it in step with the slots.
+- **Edits are journalled.** `edit()` opens a journal; `overwriting`, `drop`, `rotate` and `zero_values` record the
   old bits they destroy. An exception inside `edit()` puts everything back; a finished journal can be reverted later.
 - **The cache knows how much of itself is exact.** `exact_length` counts the leading slots that equal a fresh prefill of
   the live tokens up to them; an edit lowers it, an append raises it only when nothing inexact lies before.
@@ -23,6 +25,9 @@ from transformers.cache_utils import Cache
 
 from kveraser.cache.layer import GROWTH_MULTIPLE, EditableLayer
 from kveraser.errors import CacheError
+
+NO_TOKEN = -1
+"""In `slot_to_token`: the slot holds no token of the text. Among token ids: there is no token to run."""
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each `[batch, kv_heads, slots, head_dim]`."""
@@ -50,12 +55,14 @@ class Step:
 class Journal:
     """What an edit destroyed: enough to put every bit back, and nothing more.
 
-    `steps` hold the old states in the order in which they were lost; `positions`, `next_position` and `exact_length`
-    are the bookkeeping before the edit. `bytes_written` counts keys and values written or moved, over all layers.
+    `steps` hold the old states in the order in which they were lost; `positions`, `slot_to_token`, `next_position` and
+    `exact_length` are the bookkeeping before the edit. `bytes_written` counts keys and values written
+    or moved, over all layers.
     """
 
     length: int
     positions: torch.Tensor
+    slot_to_token: torch.Tensor
     next_position: int
     exact_length: int
     steps: list[Step] = field(default_factory=list)
@@ -100,7 +107,7 @@ class EditableCache(Cache):
     """A KV cache whose slots can be overwritten, dropped and rotated in place, and put back bit for bit.
 
     It is a `transformers` cache: pass it as `past_key_values` to the model's own forward or `generate`. These number
-    tokens by slot unless told otherwise: behind a hole, pass `position_ids` from `next_position` on.
+    tokens by slot unless told otherwise: after a position gap, pass `position_ids` from `next_position` on.
 
     Args:
         layers: number of decoder layers.
@@ -109,6 +116,8 @@ class EditableCache(Cache):
     Attributes:
         positions: float64 tensor `[length]`, the position every slot was computed at; fractional for steering slots of
             the closed layout.
+        slot_to_token: int64 tensor `[length]`, for every slot the index of the token that it holds, or `NO_TOKEN`.
+            Appended tokens get the indices that follow the greatest so far, and `NO_TOKEN` inside an edit.
         next_position: position of the next token to be appended.
         exact_length: leading slots that equal a fresh prefill of the same live tokens.
     """
@@ -118,6 +127,7 @@ class EditableCache(Cache):
     def __init__(self, layers: int, capacity: int = GROWTH_MULTIPLE) -> None:
         super().__init__(layers=[EditableLayer(capacity) for _ in range(layers)])
         self._positions = torch.zeros(0, dtype=torch.float64)
+        self._slot_to_token = torch.zeros(0, dtype=torch.int64)
         self._next_position: int = 0
         self._exact_length = 0
         self._journal: Journal | None = None
@@ -133,6 +143,21 @@ class EditableCache(Cache):
     def positions(self) -> torch.Tensor:
         self._follow_foreign_writes()
         return self._positions
+
+    @property
+    def slot_to_token(self) -> torch.Tensor:
+        self._follow_foreign_writes()
+        return self._slot_to_token
+
+    @property
+    def token_count(self) -> int:
+        """Slots that hold a token of the text."""
+        return int((self.slot_to_token != NO_TOKEN).sum())
+
+    @property
+    def exact(self) -> bool:
+        """Whether every slot equals a fresh prefill of the tokens that the cache holds."""
+        return self.exact_length == self.length
 
     @property
     def next_position(self) -> int:
@@ -152,17 +177,22 @@ class EditableCache(Cache):
             # The position that follows is that of the first slot forgotten, whatever lies before it.
             self._next_position = int(self._positions[length].ceil())
             self._exact_length = min(self._exact_length, length)
-            self._positions = self._positions[:length]
+            self._positions, self._slot_to_token = self._positions[:length], self._slot_to_token[:length]
         elif length > known:
             # A forward pass without position_ids numbers its tokens by slot.
             self._record_append(torch.arange(known, length, dtype=torch.float64))
 
     def _record_append(self, positions: torch.Tensor) -> None:
         known = self._positions.numel()
-        # A fresh prefill puts every token at the position of its slot: behind a hole nothing is exact.
+        # A fresh prefill puts every token at the position of its slot: after a position gap nothing is exact.
         if self._exact_length == known and bool((positions == torch.arange(known, known + len(positions))).all()):
             self._exact_length = known + positions.numel()
+        tokens = torch.full((len(positions),), NO_TOKEN)
+        if self._journal is None:
+            following = int(self._slot_to_token.max()) + 1 if known else 0
+            tokens = torch.arange(following, following + len(positions))
         self._positions = torch.cat([self._positions, positions])
+        self._slot_to_token = torch.cat([self._slot_to_token, tokens])
         self._next_position = int(positions[-1].floor()) + 1
         if self._journal is not None:
             self._journal.bytes_written += self._journal_bytes(positions.numel())
@@ -297,7 +327,7 @@ class EditableCache(Cache):
         if self._journal is not None:
             raise CacheError("an edit is already open on this cache: finish it before starting another")
         self._follow_foreign_writes()
-        journal = Journal(self.length, self._positions, self._next_position, self._exact_length)
+        journal = Journal(self.length, self._positions, self._slot_to_token, self._next_position, self._exact_length)
         try:
             self._journal = journal
             yield journal
@@ -358,6 +388,7 @@ class EditableCache(Cache):
         assert self._journal is not None
         self._journal.bytes_written += self._journal_bytes(length - end)
         self._positions = torch.cat([self._positions[:start], self._positions[end:]])
+        self._slot_to_token = torch.cat([self._slot_to_token[:start], self._slot_to_token[end:]])
         self._set_length(length - (end - start))
 
     def _buffers(self) -> list[torch.Tensor]:
@@ -402,6 +433,13 @@ class EditableCache(Cache):
         self._follow_foreign_writes()
         self._next_position = position
 
+    def set_tokens(self, start: int, tokens: Sequence[int]) -> None:
+        """Say which tokens the slots from `start` on hold: their indices in the text, or `NO_TOKEN`."""
+        self._follow_foreign_writes()
+        self._check_range(start, start + len(tokens))
+        self._slot_to_token = self._slot_to_token.clone()
+        self._slot_to_token[start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+
     def mark_exact(self, length: int) -> None:
         """Declare the first `length` slots equal to a fresh prefill. Only an exact recomputation may say so."""
         self._follow_foreign_writes()
@@ -433,6 +471,7 @@ class EditableCache(Cache):
                         buffer[:, :, start:end] = states
         self._set_length(journal.length)
         self._positions = journal.positions
+        self._slot_to_token = journal.slot_to_token
         self._next_position = journal.next_position
         self._exact_length = journal.exact_length
 
@@ -456,18 +495,26 @@ class EditableCache(Cache):
         """An independent copy of the slots in use; the two never write into each other."""
         self._follow_foreign_writes()
         states = self.read(0, self.length) if self.length else []
-        return self.from_states(states, len(self.layers), self._positions, self._next_position, self._exact_length)
+        return self.from_states(
+            states, len(self.layers), self._positions, self._slot_to_token, self._next_position, self._exact_length
+        )
 
     @classmethod
     def from_states(
-        cls, states: Sequence[KeyValue], layers: int, positions: torch.Tensor, next_position: int, exact_length: int
+        cls,
+        states: Sequence[KeyValue],
+        layers: int,
+        positions: torch.Tensor,
+        slot_to_token: torch.Tensor,
+        next_position: int,
+        exact_length: int,
     ) -> EditableCache:
         """Build a cache from a copy of `states`: one `(keys, values)` a layer, or none for an empty cache."""
         cache = cls(layers, capacity=max(1, positions.numel()))
         with torch.no_grad():
             for layer, (keys, values) in zip(cache.layers, states, strict=False):
                 layer.update(keys, values)
-        cache._positions = positions.clone()
+        cache._positions, cache._slot_to_token = positions.clone(), slot_to_token.clone()
         cache._next_position = next_position
         cache._exact_length = exact_length
         return cache

@@ -70,7 +70,7 @@ class EditableLayer(CacheLayerMixin):
         """Write new states at the cursor (or at the scattered slots) and return views of all slots in use."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise CacheError(
-                "the editable cache writes in place and can't carry gradients: train on cache.splice(...), "
+                "the editable cache writes in place and can't carry gradients: train on cache.probe.concat_kv(...), "
                 "or wrap the forward pass in torch.no_grad()"
             )
         if not self.is_initialized:

@@ -40,7 +40,7 @@ class ProbingCache(EditableCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def splice(*parts: Sequence[KeyValue]) -> DynamicCache:
+def concat_kv(*parts: Sequence[KeyValue]) -> DynamicCache:
     """Join runs of states into a new cache out of place, so that gradients flow through every part.
 
     Args:

@@ -81,11 +81,11 @@ def chosen_methods(names: str | None) -> list[Method]:
 def serving(methods: Sequence[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
     """The settled methods, and of those that nobody named the reasons why they can't serve."""
     if named:
-        return [method.settled(backbone) for method in methods], {}
+        return [method.resolve(backbone) for method in methods], {}
     served, unserved = list["Method"](), dict[str, str]()
     for method in methods:
         try:
-            served.append(method.settled(backbone))
+            served.append(method.resolve(backbone))
         except (EraserError, BackboneError) as error:
             unserved[str(method)] = str(error)
     return served, unserved

@@ -65,7 +65,7 @@ def time_methods(
     """
     from kveraser.measure.latency import run, to_json
     from kveraser.methods import METHODS, make_method
-    from kveraser.model.eraser import Eraser
+    from kveraser.steering.eraser import Eraser
 
     contexts = sizes("--lengths", lengths) or ()
     chosen = [make_method(name) for name in names or METHODS]
@@ -78,7 +78,7 @@ def time_methods(
     settled = []
     for one in chosen:
         try:
-            settled.append(one.settled(backbone))
+            settled.append(one.resolve(backbone))
         except (EraserError, BackboneError) as error:
             if names:
                 raise

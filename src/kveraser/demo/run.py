@@ -110,7 +110,7 @@ def run_document(
     results: list[MethodResult] = []
     for name in methods:
         try:
-            method = make_method(name).settled(backbone)
+            method = make_method(name).resolve(backbone)
         except EraserError as error:
             none = "needs a trained eraser: pass --eraser FOLDER"
             results.append(MethodResult(name, None, none if backbone.eraser is None else str(error)))

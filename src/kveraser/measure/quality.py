@@ -183,9 +183,7 @@ class _Measuring:
         with self.cache.edit() as journal:
             self._settle()
             started = time.perf_counter()
-            _, recomputed = erase_tokens(
-                self.backbone, self.cache, method, self.context.tokens, range(self.cache.length), self.targets
-            )
+            recomputed = erase_tokens(self.backbone, self.cache, method, self.context.tokens, self.targets)
             self._settle()
             seconds = time.perf_counter() - started
         try:

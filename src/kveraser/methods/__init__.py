@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from kveraser.errors import KVEraserError, MethodError
-from kveraser.methods.base import NOT_LIVE, Erased, Method
+from kveraser.methods.base import Method
 from kveraser.methods.blank import Blank
 from kveraser.methods.erratum import Erratum
 from kveraser.methods.follow import Follow
@@ -81,9 +81,9 @@ def make_method(method: str | Method, **parameters: Any) -> Method:
 def default_method(backbone: Backbone) -> Method:
     """What `erase` uses when no method is named: `follow` where keys can be moved, else `recompute`."""
     try:
-        return Follow().settled(backbone)
+        return Follow().resolve(backbone)
     except KVEraserError:
         return Recompute()
 
 
-__all__ = ["METHODS", "NOT_LIVE", "Erased", "Method", "default_method", "make_method"]
+__all__ = ["METHODS", "Method", "default_method", "make_method"]

@@ -1,4 +1,4 @@
-"""From tokens to runs of slots: a method takes one run at a time, and a text's spans may lie in several."""
+"""Erase tokens from a cache by a method: one call for every run of adjacent slots."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from kveraser.cache.editable import EditableCache
+from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
-from kveraser.methods import NOT_LIVE, Method, make_method
+from kveraser.methods import Method, make_method
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
 EXACT_SHARE = 0.75
-"""A method that plans to run this share of what `recompute` would run is replaced by it: exact, at that price."""
+"""A method that would run this share of the tokens that `recompute` runs is replaced by it: exact at that cost."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an erase is to run.
+    """The method that an erase will use.
 
     Attributes:
-        method: settled; the one asked for, or `recompute` in its place.
-        reason: why it is another than the one asked for; None: it is that one.
+        method: resolved; the requested one, or `recompute` instead.
+        reason: why it differs from the requested one; None where it does not.
     """
 
     method: Method
@@ -31,85 +31,68 @@ class Plan:
 
 
 def plan_erase(
-    backbone: Backbone,
-    cache: EditableCache,
-    method: Method,
-    slots: Sequence[int],
-    targets: AbstractSet[int],
-    force: bool = False,
+    backbone: Backbone, cache: EditableCache, method: Method, targets: AbstractSet[int], force: bool = False
 ) -> Plan:
-    """Settle `method` for an erase of `targets`, and choose `recompute` instead where it costs about the same.
+    """Resolve `method` for an erase of `targets`; use `recompute` instead where it costs about the same.
 
     Args:
-        slots, targets: as of `erase_tokens`.
-        force: take `method` whatever `recompute` costs, as measurements of it need.
+        targets: indices of the tokens to erase, as in `cache.slot_to_token`.
+        force: keep `method` whatever `recompute` costs.
 
     Raises:
-        EraserError, RotationError: as `Method.settled`.
+        EraserError, RotationError: see `Method.resolve`.
     """
-    settled = method.settled(backbone)
-    runs = _runs(slots, targets)
-    if force or settled.is_reference or not runs:
-        return Plan(settled)
-    kept = [slot for slot, source in enumerate(slots) if source != NOT_LIVE and source not in targets]
+    resolved, runs = method.resolve(backbone), _runs(cache, targets)
+    if force or resolved.is_reference or not runs:
+        return Plan(resolved)
+    held = enumerate(cache.slot_to_token.tolist())
+    kept = [slot for slot, token in held if token != NO_TOKEN and token not in targets]
     planned = sum(
-        settled.estimate(bisect_left(kept, run.start), len(run), len(kept) - bisect_left(kept, run.end)) for run in runs
+        resolved.estimate(bisect_left(kept, run.start), len(run), len(kept) - bisect_left(kept, run.end))
+        for run in runs
     )
-    left = len(kept) - bisect_left(kept, min(runs[0].start, cache.exact_length))
-    if planned < EXACT_SHARE * left:
-        return Plan(settled)
-    reason = f"{settled} would run {planned} tokens and exact recomputation {left}"
-    return Plan(make_method("recompute").settled(backbone), reason)
+    exact = len(kept) - bisect_left(kept, min(runs[0].start, cache.exact_length))
+    if planned < EXACT_SHARE * exact:
+        return Plan(resolved)
+    reason = f"{resolved} would run {planned} tokens and exact recomputation {exact}"
+    return Plan(make_method("recompute").resolve(backbone), reason)
 
 
 def erase_tokens(
-    backbone: Backbone,
-    cache: EditableCache,
-    method: Method,
-    tokens: Sequence[int],
-    slots: Sequence[int],
-    targets: AbstractSet[int],
-) -> tuple[list[int], int]:
-    """Erase `targets` from the cache, run by run from the front; its edit is open.
+    backbone: Backbone, cache: EditableCache, method: Method, tokens: Sequence[int], targets: AbstractSet[int]
+) -> int:
+    """Erase `targets` from the cache, the first run of slots first. Needs an open `cache.edit()`.
 
     Args:
-        method: a settled method.
-        tokens: ids of all tokens that were ever read.
-        slots: which of them every slot of the cache holds, `NOT_LIVE` where there is none.
-        targets: places in `tokens` that go.
+        method: a resolved method.
+        tokens: ids of all tokens of the text, erased ones included.
+        targets: indices in `tokens` of those to erase.
 
     Returns:
-        `slots` of the edited cache, and the tokens that were run through the backbone.
+        Tokens run through the backbone.
 
     Raises:
-        MethodError: the method says that slots hold erased tokens, or tokens where there is no slot.
+        MethodError: the method left erased tokens in the cache.
     """
-    held, recomputed = list(slots), 0
-    while runs := _runs(held, targets):
-        gone = set(held[runs[0].start : runs[0].end])
-        # The other spans are no text any more either: what recomputes must not read them again.
+    recomputed = 0
+    while runs := _runs(cache, targets):
+        run = runs[0]
+        erased = set(cache.slot_to_token[run.start : run.end].tolist())
+        # Methods that recompute must not run the tokens of the other spans again.
         readable = [
-            NOT_LIVE
-            if source == NOT_LIVE or (source in targets and not runs[0].start <= slot < runs[0].end)
-            else tokens[source]
-            for slot, source in enumerate(held)
+            NO_TOKEN if index in targets and index not in erased else token for index, token in enumerate(tokens)
         ]
-        erased = method(backbone, cache, readable, runs[0])
-        recomputed += erased.recomputed
-        held = [NOT_LIVE if slot == NOT_LIVE else held[slot] for slot in erased.slots]
-        if len(held) != cache.length or not gone.isdisjoint(held):
-            raise MethodError(
-                f"{method} left a cache of {cache.length} slots and says what {len(held)} hold, "
-                f"erased tokens {'not ' if gone.isdisjoint(held) else ''}among them: choose another method"
-            )
-    return held, recomputed
+        recomputed += method(backbone, cache, readable, run)
+        if not erased.isdisjoint(cache.slot_to_token.tolist()):
+            raise MethodError(f"{method} left tokens of the span {run} in the cache: choose another method")
+    return recomputed
 
 
-def _runs(slots: Sequence[int], targets: AbstractSet[int]) -> list[Span]:
-    """Runs of neighbouring slots that hold tokens to erase."""
+def _runs(cache: EditableCache, targets: AbstractSet[int]) -> list[Span]:
+    """Runs of adjacent slots that hold tokens to erase."""
     runs: list[Span] = []
-    for slot, source in enumerate(slots):
-        if source in targets:
+    for slot, token in enumerate(cache.slot_to_token.tolist()):
+        if token in targets:
             if runs and runs[-1].end == slot:
                 runs[-1] = Span(runs[-1].start, slot + 1)
             else:

@@ -4,46 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from math import ceil, inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
-from kveraser.cache.editable import EditableCache
+from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
-NOT_LIVE = -1
-"""Stands for a slot that holds no token of the text: steering states, blanked values, a method's own words."""
-
 LONG_VALUE = 24
-
-
-@dataclass(frozen=True)
-class Erased:
-    """What an erase left behind: all that anything downstream needs to know of it.
-
-    Attributes:
-        cache: the edited cache; every slot in it is visible, at the position in `cache.positions`.
-        next_position: where the next token goes.
-        slots: for every slot of the edited cache, the slot that held the same live token before, or `NOT_LIVE`.
-        recomputed: tokens that were run through the backbone.
-        exact: the cache equals a fresh prefill of the live tokens. Read off the cache's own ledger, not claimed.
-    """
-
-    cache: EditableCache
-    next_position: int
-    slots: tuple[int, ...]
-    recomputed: int
-    exact: bool
 
 
 class Method(ABC):
     """One way of erasing: a frozen dataclass whose fields are its parameters.
 
-    Calling it edits the cache in place, inside `with cache.edit():`, so that whatever goes wrong is undone.
+    Calling it edits the cache in place inside `with cache.edit():`; an exception restores every bit. Which tokens the
+    slots hold, the next position and exactness are read off the cache afterwards.
     """
 
     name: ClassVar[str]
@@ -56,38 +35,42 @@ class Method(ABC):
     is_reference: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         """Erase `span` from `cache`.
 
         Args:
             backbone: the model that filled the cache.
             cache: the cache to edit in place; its edit is open.
-            tokens: the token id in every slot of the cache, `NOT_LIVE` where there is none.
-            span: the slots to erase, all live.
+            tokens: ids of all tokens of the text, by the indices in `cache.slot_to_token`; `NO_TOKEN` for tokens that
+                must not be run.
+            span: the slots to erase; all of them hold tokens.
+
+        Returns:
+            Tokens run through the backbone.
 
         Raises:
-            KVEraserError: the method can't serve this backbone or cache; the open edit then restores every bit.
+            KVEraserError: the method can't serve this backbone or cache.
         """
 
     @abstractmethod
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
-        """Tokens it will run through the backbone, by which methods are ordered from cheap to dear."""
+        """Tokens that an erase will run through the backbone."""
 
-    def settled(self, backbone: Backbone) -> Method:
-        """The method with open parameters filled in for `backbone`, and its one-time measurements made.
+    def resolve(self, backbone: Backbone) -> Self:
+        """The method with its open parameters filled in for `backbone`.
 
         Raises:
             EraserError: it needs an eraser and none is loaded.
             RotationError: it moves keys, and the backbone's can't be moved.
         """
         if self.moves_keys:
-            # Measured once a backbone, and no part of what an erase costs.
+            # Measured once a backbone, so that no erase pays for it.
             _ = backbone.rotation
         return self
 
     @property
     def changes_only_span(self) -> bool:
-        """Whether every bit outside the span's slots stays as it is, as shared, paged or quantized caches need."""
+        """Whether nothing outside the span's slots changes, as shared, paged or quantized caches need."""
         return False
 
     @property
@@ -106,20 +89,18 @@ class Method(ABC):
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
 
-def result(cache: EditableCache, slots: Sequence[int], recomputed: int) -> Erased:
-    """Close an erase: read next position and exactness off the cache."""
-    assert len(slots) == cache.length
-    return Erased(cache, cache.next_position, tuple(slots), recomputed, cache.exact_length == cache.length)
+def slot_tokens(cache: EditableCache, tokens: Sequence[int]) -> list[int]:
+    """The token id in every slot of the cache, `NO_TOKEN` where there is none to run.
+
+    Args:
+        tokens: ids by index in the text, as a method gets them.
+    """
+    return [NO_TOKEN if index == NO_TOKEN else tokens[index] for index in cache.slot_to_token.tolist()]
 
 
-def without(length: int, span: Span) -> list[int]:
-    """Slots of a cache of `length` slots that remain when the span's are dropped."""
-    return [*range(span.start), *range(span.end, length)]
-
-
-def silenced(length: int, span: Span) -> list[int]:
-    """Slots of a cache of `length` slots when the span's stay but hold no live token any more."""
-    return [*range(span.start), *[NOT_LIVE] * len(span), *range(span.end, length)]
+def clear_tokens(cache: EditableCache, span: Span) -> None:
+    """Mark the slots of `span` as holding no token of the text."""
+    cache.set_tokens(span.start, [NO_TOKEN] * len(span))
 
 
 def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: int) -> None:
@@ -138,21 +119,21 @@ def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: in
 
 
 def recompute_window(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], start: int, window: int) -> int:
-    """Run the live tokens among the `window` slots from `start` on again, in place, each seeing all that lies before.
+    """Recompute in place the tokens among the `window` slots from `start` on; each attends to all slots before it.
 
     Args:
-        tokens: the token id in every slot of the cache as it is now.
+        tokens: the token id in every slot.
 
     Returns:
-        Tokens run. Slots without a live token keep their states.
+        Tokens run. Slots without a token keep their states.
     """
     end = min(start + window, cache.length)
     recomputed = 0
     while start < end:
-        if tokens[start] == NOT_LIVE:
+        if tokens[start] == NO_TOKEN:
             start += 1
             continue
-        stop = next((slot for slot in range(start, end) if tokens[slot] == NOT_LIVE), end)
+        stop = next((slot for slot in range(start, end) if tokens[slot] == NO_TOKEN), end)
         positions = cache.positions[start:stop]
         exact = cache.exact_length >= start and positions.tolist() == list(range(start, stop))
         with cache.overwriting(start, positions):
@@ -167,9 +148,12 @@ def recompute_window(backbone: Backbone, cache: EditableCache, tokens: Sequence[
 def recompute_scattered(
     backbone: Backbone, cache: EditableCache, tokens: Sequence[int], start: int, slots: Sequence[int]
 ) -> None:
-    """Run the live tokens in `slots` (increasing, from `start` on) again in one pass, in place.
+    """Recompute in place, in one pass, the tokens in `slots` (increasing, from `start` on).
 
-    Each sees all that lies before it; the others keep their states.
+    Each attends to all slots before it; the other slots keep their states.
+
+    Args:
+        tokens: the token id in every slot.
     """
     if not slots:
         return
@@ -188,14 +172,14 @@ def recompute_scattered(
         cache.mark_exact(start + run)
 
 
-def check_widths(name: str, window: int | None, per_span: float | None, echoes: float | None = None) -> None:
-    """Refuse counts of suffix tokens that no method can run; None is open.
+def check_widths(name: str, window: int | None, per_span: float | None, overlap: float | None = None) -> None:
+    """Check counts of suffix tokens; None is an open parameter.
 
     Raises:
         MethodError: naming the parameter and its value.
     """
     if window is not None and (type(window) is not int or window < 1):
         raise MethodError(f"{name}: window is {window!r}, but it is a count of tokens from 1 on; or use shift")
-    for key, share in (("per_span", per_span), ("echoes", echoes)):
+    for key, share in (("per_span", per_span), ("overlap", overlap)):
         if share is not None and (type(share) not in (int, float) or not 0 <= share < inf):
             raise MethodError(f"{name}: {key} is {share!r}, but it is tokens per token of the span, from 0 on")

@@ -8,14 +8,14 @@ from itertools import cycle, islice
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import MethodError
-from kveraser.methods.base import Erased, Method, result, silenced
+from kveraser.methods.base import Method, clear_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
 
 @dataclass(frozen=True)
 class Blank(Method):
-    """The span's slots take the backbone's own states of `filler`, repeated to their number, on the same prefix."""
+    """Overwrite the span's slots with the states of `filler`, repeated to the span's length, on the same prefix."""
 
     filler: str = "\n"
 
@@ -32,14 +32,15 @@ class Blank(Method):
     def changes_only_span(self) -> bool:
         return True
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         filler, _ = backbone.tokenize(self.filler, follows=True)
         if not filler:
             raise MethodError(f"the filler {self.filler!r} has no tokens: give some neutral text, such as a line break")
         positions = cache.positions[span.start : span.end]
         with cache.overwriting(span.start, positions):
             backbone.forward(list(islice(cycle(filler), len(span))), cache, positions)
-        return result(cache, silenced(cache.length, span), recomputed=len(span))
+        clear_tokens(cache, span)
+        return len(span)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return span

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kveraser.cache.editable import EditableCache
+from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
-from kveraser.methods.base import NOT_LIVE, Erased, Method, result, silenced
+from kveraser.methods.base import Method, clear_tokens, slot_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.text.chat import as_turn, has_template
 from kveraser.text.spans import Span
@@ -36,15 +36,14 @@ class Erratum(Method):
         if not isinstance(self.wording, str) or not self.wording.strip():
             raise MethodError(f"erratum: wording is {self.wording!r}, but it is a text")
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         tokenizer = backbone.tokenizer
-        words = tokenizer.decode(tokens[span.start : span.end], skip_special_tokens=True).split()
+        ids = slot_tokens(cache, tokens)
+        words = tokenizer.decode(ids[span.start : span.end], skip_special_tokens=True).split()
         if len(words) > QUOTED_WORDS:
             words = [*words[: QUOTED_WORDS // 2], "...", *words[-QUOTED_WORDS // 2 :]]
         notice = self.wording.replace("{quote}", " ".join(words))
-        last = next(
-            (token for token in reversed(tokens) if token != NOT_LIVE and tokenizer.decode(token).strip()), None
-        )
+        last = next((token for token in reversed(ids) if token != NO_TOKEN and tokenizer.decode(token).strip()), None)
         if has_template(tokenizer) and last in tokenizer.all_special_ids:
             # The last turn is closed: words outside any turn would be noise to a chat model.
             notice = as_turn(tokenizer, {"role": "user", "content": notice})
@@ -53,8 +52,8 @@ class Erratum(Method):
         appended, _ = encode(tokenizer, notice, follows=True)
         cache.mark_inexact(span.start)
         backbone.extend(cache, appended)
-        slots = [*silenced(cache.length - len(appended), span), *[NOT_LIVE] * len(appended)]
-        return result(cache, slots, recomputed=len(appended))
+        clear_tokens(cache, span)
+        return len(appended)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return min(span, QUOTED_WORDS * 2) + 20

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
+from transformers.cache_utils import DynamicCache
 
-from kveraser.cache.editable import EditableCache
+from kveraser.cache.editable import EditableCache, KeyValue
+from kveraser.cache.probe import concat_kv
 from kveraser.errors import MethodError
-from kveraser.methods.base import NOT_LIVE, Erased, Method, check_widths, close_gap, recompute_window, result, silenced
+from kveraser.methods.base import Method, check_widths, clear_tokens, close_gap, recompute_window, slot_tokens
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import LAYOUTS, SLOT_EMBEDDINGS, Layout, unknown_layout
-from kveraser.steering.states import compact_states, steering_positions
+from kveraser.steering.layouts import LAYOUTS, unknown_layout
 from kveraser.text.spans import Span
 
 DEFAULT_WINDOW = 16
@@ -22,19 +23,15 @@ DEFAULT_WINDOW = 16
 
 @dataclass(frozen=True)
 class KVEraser(Method):
-    """Steering states, written by the backbone with its eraser switched on (section 3 of the paper).
+    """Overwrite the span with steering states, computed by the backbone with its eraser on (section 3 of the paper).
 
-    They never see the question, so one erase serves all later ones. Where they sit is the eraser's layout:
-
-    - `keep`, the paper's: one pass over the span's tokens overwrites its slots; prefix and suffix are untouched.
-    - `closed`: the same at fractional positions; the suffix keys are re-rotated, so that no position gap is left.
-    - `compact`: a fixed number of learned tokens attends to prefix and span, and replaces the span.
+    The eraser never sees a question, so one erase serves all later ones.
 
     Attributes:
-        layout: `keep` or `closed` instead of the other; None: as the eraser was trained.
+        layout: a name in `LAYOUTS`; None: as the eraser was trained.
     """
 
-    layout: Layout | None = None
+    layout: str | None = None
 
     name = "kveraser"
     summary = "learned steering states in place of the span"
@@ -46,28 +43,22 @@ class KVEraser(Method):
         if self.layout is not None and self.layout not in LAYOUTS:
             raise MethodError(f"{self.name}: {unknown_layout(self.layout)}")
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        settled = self.settled(backbone)
-        if settled.layout == "compact":
-            return _steer_compact(backbone, cache, span)
-        first = ceil(float(cache.positions[span.start]))
-        positions = steering_positions(cache.positions[span.start : span.end], settled.layout or "keep")
-        with backbone.erasing(), cache.overwriting(span.start, positions):
-            backbone.forward(tokens[span.start : span.end], cache, positions)
-        if settled.layout == "closed":
-            close_gap(backbone, cache, span.end, first)
-        return result(cache, silenced(cache.length, span), recomputed=len(span))
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        layout = LAYOUTS[self.resolve(backbone).layout or "keep"]
+        store = CacheStore(backbone, cache, slot_tokens(cache, tokens), span)
+        layout.write(store, backbone.require_eraser().extras)
+        return store.states
 
-    def settled(self, backbone: Backbone) -> KVEraser:
+    def resolve(self, backbone: Backbone) -> KVEraser:
         trained = backbone.require_eraser().settings
         layout = self.layout or trained.layout
-        if layout != trained.layout and "compact" in {layout, trained.layout}:
+        if layout != trained.layout and (LAYOUTS[layout].takes_slots or LAYOUTS[trained.layout].takes_slots):
             raise MethodError(
                 f"{self.name}: the loaded eraser was trained for layout {trained.layout}, and can't be used for "
                 f"{layout}: leave the layout out"
             )
-        if layout != "keep":
-            # Refuse before the pass: only rotary models can run at these positions.
+        if LAYOUTS[layout].moves_suffix:
+            # Raises where the backbone's positions can't be moved.
             _ = backbone.rotation
         return replace(self, layout=layout)
 
@@ -79,26 +70,6 @@ class KVEraser(Method):
         return span
 
 
-def _steer_compact(backbone: Backbone, cache: EditableCache, span: Span) -> Erased:
-    """Put the states of the learned tokens in the span's place, and close the gap.
-
-    The pass reads a temporary copy of prefix and span, since the slots that it writes are the span's own.
-    """
-    first = ceil(float(cache.positions[span.start]))
-    # A span shorter than the slots has no room for all of them.
-    count = min(len(backbone.require_eraser().extras[SLOT_EMBEDDINGS]), len(span))
-    positions = steering_positions(torch.full((count,), float(first), dtype=torch.float64), "compact")
-    with torch.no_grad():
-        states = compact_states(backbone, cache.read(0, span.end), positions)
-    with cache.overwriting(span.start, positions):
-        for layer, (keys, values) in enumerate(states):
-            cache.update(keys, values, layer)
-    slots = [*range(span.start), *[NOT_LIVE] * count, *range(span.end, cache.length)]
-    cache.drop(span.start + count, span.end)
-    close_gap(backbone, cache, span.start + count, first)
-    return result(cache, slots, recomputed=count)
-
-
 @dataclass(frozen=True)
 class KVEraserRepair(Method):
     """`kveraser`, then recompute the first suffix tokens, which attend to prefix and steering states.
@@ -108,7 +79,7 @@ class KVEraserRepair(Method):
     """
 
     window: int | None = None
-    layout: Layout | None = None
+    layout: str | None = None
     per_span: float | None = None
 
     name = "kveraser+repair"
@@ -121,24 +92,95 @@ class KVEraserRepair(Method):
         KVEraser(self.layout)
         check_widths(self.name, self.window, self.per_span)
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        settled = self.settled(backbone)
-        steered = KVEraser(settled.layout)(backbone, cache, tokens, span)
-        remaining = [NOT_LIVE if slot == NOT_LIVE else tokens[slot] for slot in steered.slots]
-        seam = next((place for place, slot in enumerate(steered.slots) if slot >= span.end), cache.length)
-        recomputed = recompute_window(backbone, cache, remaining, seam, settled.width(len(span)))
-        return result(cache, steered.slots, steered.recomputed + recomputed)
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        resolved, suffix = self.resolve(backbone), cache.length - span.end
+        steered = KVEraser(resolved.layout)(backbone, cache, tokens, span)
+        ids, start = slot_tokens(cache, tokens), cache.length - suffix
+        return steered + recompute_window(backbone, cache, ids, start, resolved.width(len(span)))
 
-    def settled(self, backbone: Backbone) -> KVEraserRepair:
+    def resolve(self, backbone: Backbone) -> KVEraserRepair:
         trained = backbone.require_eraser().settings
-        layout = KVEraser(self.layout).settled(backbone).layout
+        layout = KVEraser(self.layout).resolve(backbone).layout
         window = self.window or trained.repair or DEFAULT_WINDOW
         share = trained.repair_per_span if self.window is None else 0.0
         return replace(self, layout=layout, window=window, per_span=share if self.per_span is None else self.per_span)
 
     def width(self, span: int) -> int:
-        """Suffix tokens recomputed after a span of `span` tokens; settled only."""
+        """Suffix tokens recomputed after a span of `span` tokens, once resolved."""
         return (self.window or DEFAULT_WINDOW) + round((self.per_span or 0.0) * span)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return span + min(self.width(span), suffix)
+
+
+class CacheStore:
+    """A live cache as a layout's store. See `kveraser.steering.layouts.Store`, whose methods these are.
+
+    Args:
+        ids: the token id in every slot.
+
+    Attributes:
+        states: steering states written so far, which are the tokens run.
+    """
+
+    def __init__(self, backbone: Backbone, cache: EditableCache, ids: Sequence[int], span: Span) -> None:
+        self.backbone, self.cache, self.ids, self.span = backbone, cache, ids, span
+        self.span_positions = cache.positions[span.start : span.end]
+        self.states = 0
+
+    def run_span(self, positions: torch.Tensor) -> None:
+        """No copy of the cache is made."""
+        start, end = self.span.start, self.span.end
+        with self.backbone.erasing(), self.cache.overwriting(start, positions):
+            self.backbone.forward(self.ids[start:end], self.cache, positions)
+        clear_tokens(self.cache, self.span)
+        self.states = len(self.span)
+
+    def run_slots(self, embeddings: torch.Tensor, positions: torch.Tensor) -> None:
+        """Reads a temporary copy of prefix and span, since the slots that it writes are the span's own."""
+        start, end, count = self.span.start, self.span.end, len(positions)
+        with torch.no_grad():
+            before = concat_kv(self.cache.read(0, end))
+            states = run_eraser(self.backbone, before, positions, embeddings=embeddings)
+        with self.cache.overwriting(start, positions):
+            for layer, (keys, values) in enumerate(states):
+                self.cache.update(keys, values, layer)
+        clear_tokens(self.cache, Span(start, start + count))
+        self.cache.drop(start + count, end)
+        self.states = count
+
+    def close_gap(self) -> None:
+        close_gap(self.backbone, self.cache, self.span.start + self.states, ceil(float(self.span_positions[0])))
+
+
+def run_eraser(
+    backbone: Backbone,
+    cache: DynamicCache,
+    positions: torch.Tensor,
+    tokens: Sequence[Sequence[int]] | None = None,
+    embeddings: torch.Tensor | None = None,
+) -> list[KeyValue]:
+    """The steering states of one pass with the eraser on, out of place and differentiable.
+
+    Args:
+        cache: what the pass attends to, a row a case; the new states are appended to it.
+        positions: of the steering states, float64 `[states]`.
+        tokens: token ids, a row a case; or
+        embeddings: `[states, hidden]`, the same for all rows.
+
+    Returns:
+        One `(keys, values)` a layer, `[batch, kv_heads, states, head_dim]`.
+    """
+    count = positions.shape[-1]
+    rows = cache.layers[0].keys.shape[0]  # type: ignore[union-attr]
+    if embeddings is not None:
+        embeddings = embeddings.to(backbone.model.dtype).expand(rows, -1, -1)
+    with backbone.erasing():
+        backbone.model.base_model(
+            input_ids=None if tokens is None else torch.tensor(tokens, device=backbone.device),
+            inputs_embeds=embeddings,
+            position_ids=backbone.position_ids(positions),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return [(layer.keys[:, :, -count:], layer.values[:, :, -count:]) for layer in cache.layers]  # type: ignore[index, union-attr]

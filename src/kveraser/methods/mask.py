@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from math import ceil
 
 from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Erased, Method, result, without
+from kveraser.methods.base import Method
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
 
 @dataclass(frozen=True)
 class Mask(Method):
-    """The span can no longer be attended to; the suffix keeps what it took from it, behind a hole in the positions.
+    """Drop the span's states and keep all positions, which leaves a position gap.
 
-    Slots are dropped rather than masked: attention computes the same, and decoding needs no mask.
+    The suffix states still carry what they took from the span. Slots are dropped rather than masked: attention gives
+    the same result, and decoding needs no mask.
     """
 
     name = "mask"
@@ -24,14 +25,13 @@ class Mask(Method):
     cost = "0 tokens"
     source = "common practice"
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        kept = without(cache.length, span)
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         position = ceil(float(cache.positions[span.start]))
         cache.drop(span.start, span.end)
         if span.start == cache.length:
             # Nothing follows the span, so no position has to be kept and the text simply ends earlier.
             cache.set_next_position(position)
-        return result(cache, kept, recomputed=0)
+        return 0
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return 0

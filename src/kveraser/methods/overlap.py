@@ -1,7 +1,7 @@
-"""Which suffix tokens took most from an erased span: those next to the seam, and those that repeat its words.
+"""Choose the suffix tokens that an erased span influenced most, from the token ids alone.
 
-Contamination falls fast with the distance from the span, and rises again where later text comes back to what the span
-said: a name, a value, a restatement. Both can be read off the token ids, without a pass.
+Influence decreases with the distance from the span, and is high again where later text repeats the span's words: a
+name, a value, a restatement.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from math import log
 from kveraser.text.spans import Span
 
 REPEATED_PAIR = 1.5
-"""A token that repeats the span together with the token before it counts as more of an echo."""
+"""Factor for a token that repeats the span together with the token before it."""
 CARRIED = 0.8
-"""The share of its predecessor's score that a token has as well: what follows an echo was said because of it."""
+"""Share of the previous token's score that is added to a token's own: text after a repetition depends on it."""
 
 
-def most_contaminated(tokens: Sequence[int], span: Span, window: int, echoes: int) -> list[int]:
-    """Slots behind the span that an erase should compute afresh: the first `window`, then the `echoes` best others.
+def most_contaminated(tokens: Sequence[int], span: Span, window: int, overlap: int) -> list[int]:
+    """Slots after the span to recompute: the first `window`, and the `overlap` others with the highest scores.
 
-    A token's score is the squared log of its rarity in the context if the span has it as well, and a share of the
-    score of the token before it. The context is all that is asked: no states, no question.
+    A token that also occurs in the span scores the squared log of its inverse frequency in the context, plus a share of
+    the score of the token before it. Needs no forward pass and no question.
 
     Args:
         tokens: the token id in every slot, negative where there is none.
 
     Returns:
-        At most `window + echoes` slots, increasing.
+        At most `window + overlap` slots, increasing.
     """
     erased = tokens[span.start : span.end]
     counts, pairs = Counter(tokens), set(pairwise(erased))
@@ -45,6 +45,6 @@ def most_contaminated(tokens: Sequence[int], span: Span, window: int, echoes: in
         if token >= 0:
             scores[slot] = carried
     live = list(scores)
-    # Between equal scores the earlier slot: a suffix without echoes is computed from the seam on.
-    best = sorted(live[window:], key=lambda slot: -scores[slot])[:echoes]
+    # The sort is stable: of equal scores the earlier slot is taken.
+    best = sorted(live[window:], key=lambda slot: -scores[slot])[:overlap]
     return sorted([*live[:window], *best])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Erased, Method, check_widths, recompute_window, result
+from kveraser.methods.base import Method, check_widths, recompute_window, slot_tokens
 from kveraser.methods.shift import Shift
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
@@ -33,11 +33,9 @@ class Repair(Method):
     def __post_init__(self) -> None:
         check_widths(self.name, self.window, self.per_span)
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        shifted = Shift()(backbone, cache, tokens, span)
-        remaining = [tokens[slot] for slot in shifted.slots]
-        recomputed = recompute_window(backbone, cache, remaining, span.start, self.width(len(span)))
-        return result(cache, shifted.slots, recomputed)
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        Shift()(backbone, cache, tokens, span)
+        return recompute_window(backbone, cache, slot_tokens(cache, tokens), span.start, self.width(len(span)))
 
     def width(self, span: int) -> int:
         """Suffix tokens that are recomputed after a span of `span` tokens."""

@@ -9,10 +9,10 @@ from math import ceil
 
 import torch
 
-from kveraser.cache.editable import EditableCache
+from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.cache.probe import ProbingCache, StopForward
 from kveraser.errors import MethodError
-from kveraser.methods.base import NOT_LIVE, Erased, Method, result
+from kveraser.methods.base import Method, slot_tokens
 from kveraser.methods.shift import Shift
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
@@ -38,21 +38,21 @@ class Selective(Method):
         if type(self.ratio) not in (int, float) or not 0 < self.ratio <= 1:
             raise MethodError(f"selective: ratio is {self.ratio!r}, but it is a fraction above 0 and at most 1")
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        shifted = Shift()(backbone, cache, tokens, span)
-        remaining = [tokens[slot] for slot in shifted.slots]
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        Shift()(backbone, cache, tokens, span)
+        ids = slot_tokens(cache, tokens)
         live = torch.tensor(
-            [slot for slot in range(span.start, cache.length) if remaining[slot] != NOT_LIVE], dtype=torch.long
+            [slot for slot in range(span.start, cache.length) if ids[slot] != NO_TOKEN], dtype=torch.long
         )
         if live.numel() == 0:
-            return shifted
+            return 0
         if backbone.layers <= PROBED_LAYER:
             raise MethodError(
                 f"selective needs at least 2 layers, {backbone.name} has {backbone.layers}: use repair(32)"
             )
         probe = ProbingCache(backbone.layers, PROBED_LAYER, cache, span.start)
         with suppress(StopForward):
-            backbone.forward([remaining[slot] for slot in live.tolist()], probe, cache.positions[live])
+            backbone.forward([ids[slot] for slot in live.tolist()], probe, cache.positions[live])
         assert probe.captured is not None
         keys, values = probe.captured
         _, old = cache.read(0, cache.length)[PROBED_LAYER]
@@ -63,13 +63,12 @@ class Selective(Method):
             # All of the probed layer's states are new already, so the pass below attends to them.
             cache.write_layer(PROBED_LAYER, live, keys, values)
             backbone.forward(
-                [remaining[slot] for slot in selected.tolist()],
+                [ids[slot] for slot in selected.tolist()],
                 cache,
                 cache.positions[selected],
-                # Each scattered token sees the slots up to its own.
                 attention_mask=backbone.attention_mask(torch.arange(cache.length)[None, :] <= selected[:, None]),
             )
-        return result(cache, shifted.slots, recomputed=count + ceil(live.numel() * PROBED_LAYER / backbone.layers))
+        return count + ceil(live.numel() * PROBED_LAYER / backbone.layers)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return ceil(self.ratio * suffix)

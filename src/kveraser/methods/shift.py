@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import ceil
 
 from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Erased, Method, close_gap, result, without
+from kveraser.methods.base import Method, close_gap
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
 
 @dataclass(frozen=True)
 class Shift(Method):
-    """Suffix keys are re-rotated by minus the span's length; the suffix keeps what it took from the span."""
+    """Drop the span's states and re-rotate the suffix keys by minus the span's length; suffix values are unchanged."""
 
     name = "shift"
     summary = "drop the span's states, re-rotate the suffix keys into the gap"
@@ -22,12 +22,11 @@ class Shift(Method):
     source = "llama.cpp seq_rm + seq_add, https://github.com/ggml-org/llama.cpp"
     moves_keys = True
 
-    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> Erased:
-        kept = without(cache.length, span)
+    def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         position = ceil(float(cache.positions[span.start]))
         cache.drop(span.start, span.end)
         close_gap(backbone, cache, span.start, position)
-        return result(cache, kept, recomputed=0)
+        return 0
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return 0

@@ -25,8 +25,8 @@ from kveraser.errors import (
     UnsupportedModelError,
 )
 from kveraser.model.attention import SHARED_HEADS, share_heads
-from kveraser.model.eraser import Eraser
 from kveraser.model.support import check_config, check_model, check_tokenizer, load_error
+from kveraser.steering.eraser import Eraser
 from kveraser.text.tokenized import encode
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"

@@ -19,8 +19,8 @@ from kveraser.serve.batch import can_step_together, step_together
 from kveraser.serve.engine import Held, Sampling, Step, Stream, TokenLogprob
 from kveraser.serve.held import ANSWER_ROOM, NOTICE_ROOM, HeldSession
 from kveraser.serve.sampling import Sampler
-from kveraser.session.session import Session
-from kveraser.text.spans import Span, Tokens, Transcript
+from kveraser.session.state import SessionState
+from kveraser.text.spans import Span, Tokens
 from kveraser.text.tokenized import TokenizedText
 
 
@@ -105,7 +105,7 @@ class TransformersEngine:
         found = [own]
         for name in METHODS:
             with suppress(EraserError, BackboneError):
-                make_method(name).settled(self.backbone)
+                make_method(name).resolve(self.backbone)
                 found.append(name)
         return list(dict.fromkeys(found))
 
@@ -117,10 +117,9 @@ class TransformersEngine:
             InputError: no tokens, or ids that the backbone does not have.
         """
         self._check(text)
-        held = HeldSession.restore(
-            self.backbone, self.backbone.new_cache(len(text.tokens) + ANSWER_ROOM), Transcript(),
-            slots=(), receipts=(), turn_open=text.body_start > 0 and not text.messages,
-        )  # fmt: skip
+        cache = self.backbone.new_cache(len(text.tokens) + ANSWER_ROOM)
+        turn_open = text.body_start > 0 and not text.messages
+        held = HeldSession(state=SessionState(self.backbone, cache, turn_open=turn_open))
         held.add(text)
         return held
 
@@ -239,11 +238,7 @@ class TransformersEngine:
 
     def load(self, path: Path) -> HeldSession:
         """Raises SessionFileError for what is missing, corrupt, or another model's."""
-        read = Session.load(path, self.backbone)
-        return HeldSession.restore(
-            self.backbone, read.cache, read.transcript, slots=read.slots, receipts=read.receipts,
-            turn_open=read.turn_open, options=read.options,
-        )  # fmt: skip
+        return HeldSession.load(path, self.backbone)
 
     def drop(self, held: Held, wipe: bool) -> None:
         """The context can't be used any more.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kveraser.cache.editable import NO_TOKEN
 from kveraser.errors import InputError, SessionError
-from kveraser.methods import METHODS, NOT_LIVE
+from kveraser.methods import METHODS
 from kveraser.model.decode import text_with_offsets
-from kveraser.session.context import Marks
 from kveraser.session.session import Session
+from kveraser.session.state import Checkpoint
 from kveraser.text import chat
 from kveraser.text.tokenized import TokenizedText
 
@@ -20,7 +21,7 @@ NOTICE_ROOM = 64
 
 
 class HeldSession(Session):
-    """A session of which the last tokens may not be in the cache yet. Made with `restore`.
+    """A session of which the last tokens may not be in the cache yet. Made of a state.
 
     It takes what `Session` takes, except that its own appends and answers come in steps, for the engine to take.
     """
@@ -30,27 +31,18 @@ class HeldSession(Session):
     @property
     def pending(self) -> int:
         """Live tokens at the end of the transcript that are not in the cache yet."""
-        return sum(self.transcript.live) - self._held
-
-    @property
-    def _held(self) -> int:
-        return sum(source != NOT_LIVE for source in self.slots)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the cache equals a fresh prefill of the live tokens in it."""
-        return self.cache.exact_length == self.cache.length == self._held
+        return sum(self.transcript.live) - self.cache.token_count
 
     @property
     def undo_steps(self) -> int:
         """How many erases, appends and kept answers can be undone."""
-        return len(self._history)
+        return len(self.state.history)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers for keys and values, and of what undo keeps."""
         return self.cache.bytes_allocated + sum(
-            marks.journal.bytes for marks in self._history if marks.journal is not None
+            marks.journal.bytes for marks in self.state.history if marks.journal is not None
         )
 
     def pending_places(self, most: int) -> list[int]:
@@ -72,16 +64,16 @@ class HeldSession(Session):
         Raises:
             ContextLengthError, SessionError: the session is as before.
         """
-        self._check_idle()
+        self.state.check_idle()
         self.backbone.check_room(self.cache.next_position + self.pending, len(text.tokens))
-        marks, transcript, base = self._marks(), self.transcript, len(self.transcript.text)
+        marks, transcript, base = self.state.checkpoint(), self.transcript, len(self.transcript.text)
         if transcript.tokens:
-            self._history.append(marks)
+            self.state.history.append(marks)
         else:
             transcript.body_start = text.body_start
         transcript.append(text.text, text.tokens, text.offsets)
         transcript.messages += [chat.moved(message, base) for message in text.messages]
-        self.turn_open = self.turn_open and not text.messages
+        self.state.turn_open = self.turn_open and not text.messages
 
     def make_room(self, tokens: int) -> None:
         """Room for `tokens` more in the cache; if there is less, for an answer as well."""
@@ -94,12 +86,13 @@ class HeldSession(Session):
         Raises:
             ContextLengthError: the session is as before.
         """
-        self._check_idle()
+        self.state.check_idle()
         places = self.pending_places(most)
         if places:
             self.make_room(self.pending)
+            start = self.cache.length
             self.backbone.extend(self.cache, [self.transcript.tokens[place] for place in places])
-            self.slots += places
+            self.cache.set_tokens(start, places)
 
     # Going back
 
@@ -109,29 +102,28 @@ class HeldSession(Session):
         Raises:
             SessionError: there are not so many tokens, or none would remain.
         """
-        self._check_idle()
+        self.state.check_idle()
         transcript = self.transcript
         if not 0 < tokens <= len(transcript.tokens):
             raise SessionError(f"can't keep {tokens} tokens of {len(transcript.tokens)}: keep from 1 to all of them")
         if tokens == len(transcript.tokens):
             return
         slots = self._slots_of_first(tokens)
-        forgotten: list[Marks] = []
-        while self._history and (
-            self._history[-1].tokens > tokens
-            or (self._history[-1].tokens == tokens and self._history[-1].journal is None)
+        forgotten: list[Checkpoint] = []
+        while self.state.history and (
+            self.state.history[-1].tokens > tokens
+            or (self.state.history[-1].tokens == tokens and self.state.history[-1].journal is None)
         ):
-            forgotten.append(self._history.pop())
+            forgotten.append(self.state.history.pop())
         if forgotten:
-            self.turn_open = forgotten[-1].turn_open
+            self.state.turn_open = forgotten[-1].turn_open
         if any(marks.journal is not None for marks in forgotten):
             # What lies before an erase that can't be undone can't be reached either.
-            self._history.clear()
-        cut = slots < len(self.slots)
+            self.state.history.clear()
+        cut = slots < self.cache.length
         self.cache.truncate(slots)
-        del self.slots[slots:]
-        if cut and slots and self.slots[-1] == tokens - 1:
-            # An erased span behind it may have left a hole there.
+        if cut and slots and int(self.cache.slot_to_token[-1]) == tokens - 1:
+            # An erased span after it may have left a position gap.
             with self.cache.edit():
                 self.cache.set_next_position(int(self.cache.positions[-1].floor()) + 1)
         # Several tokens may share the last character.
@@ -143,89 +135,85 @@ class HeldSession(Session):
 
     def _slots_of_first(self, tokens: int) -> int:
         """How many slots belong to the first `tokens` of the transcript."""
-        slots = next((slot for slot, source in enumerate(self.slots) if source >= tokens), len(self.slots))
+        held = self.cache.slot_to_token.tolist()
+        slots = next((slot for slot, token in enumerate(held) if token >= tokens), len(held))
         if self.transcript.live[tokens - 1]:
-            # States that stand for what was erased behind it go too.
-            while slots and self.slots[slots - 1] == NOT_LIVE:
+            # States in place of a span erased after it go too.
+            while slots and held[slots - 1] == NO_TOKEN:
                 slots -= 1
         for receipt in self.receipts:
             if receipt.method in METHODS and not METHODS[receipt.method].removes_text:
-                # Its notice goes, and with it all that kept the span from being read: what follows is run again.
+                # Its notice goes, and with it all that kept the span from being read: later tokens are run again.
                 first = receipt.spans[0][0]
-                kept = [slot for slot, source in enumerate(self.slots[:slots]) if 0 <= source < first]
+                kept = [slot for slot, token in enumerate(held[:slots]) if 0 <= token < first]
                 slots = kept[-1] + 1 if kept else 0
         return slots
 
     def fork(self) -> HeldSession:
         """An independent copy, with undo steps of its own."""
         forked = super().fork()
-        forked._history = [
-            marks if marks.journal is None else replace(marks, journal=marks.journal.copy()) for marks in self._history
+        forked.state.history = [
+            marks if marks.journal is None else replace(marks, journal=marks.journal.copy())
+            for marks in self.state.history
         ]
         return forked
 
     def exact_copy(self) -> HeldSession:
         """The same transcript and receipts, with nothing in the cache yet and nothing to undo."""
-        self._check_idle()
-        fields = self.transcript
-        transcript = replace(
-            fields, tokens=list(fields.tokens), offsets=list(fields.offsets),
-            live=list(fields.live), messages=list(fields.messages),
-        )  # fmt: skip
-        cache = self.backbone.new_cache(self._held + self.pending + ANSWER_ROOM)
-        return type(self).restore(
-            self.backbone, cache, transcript, slots=(), receipts=self.receipts,
-            turn_open=self.turn_open, options=self.options,
-        )  # fmt: skip
+        self.state.check_idle()
+        cache = self.backbone.new_cache(self.cache.token_count + self.pending + ANSWER_ROOM)
+        copy = type(self)(state=self.state.fork(cache))
+        copy.state.history.clear()
+        return copy
 
     # Forgetting for good
 
     def forget_undo(self, keep: int) -> None:
         """Keep only the last `keep` undo steps; what the others held, and unused slots, are overwritten."""
-        self._check_idle()
+        self.state.check_idle()
         if keep < 0:
             raise InputError(f"can't keep {keep} undo steps: keep 0 or more")
-        kept = len(self._history) - min(keep, len(self._history))
-        for marks in self._history[:kept]:
+        kept = len(self.state.history) - min(keep, len(self.state.history))
+        for marks in self.state.history[:kept]:
             if marks.journal is not None:
                 marks.journal.wipe()
-        del self._history[:kept]
+        del self.state.history[:kept]
         self.cache.wipe_unused()
 
     def release(self, wipe: bool) -> None:
         """Let go of all keys and values. With `wipe`, all buffers are overwritten first."""
-        self._check_idle()
+        self.state.check_idle()
         if wipe:
             self.forget_undo(0)
             self.cache.truncate(0)
             self.cache.wipe_unused()
-        self.cache = self.backbone.new_cache()
-        self.slots, self._history = [], []
+        self.state.cache = self.backbone.new_cache()
+        self.state.history.clear()
 
     # Answers
 
-    def open_answer(self) -> Marks:
+    def open_answer(self) -> Checkpoint:
         """Take no other call until `close_answer`; what the session was.
 
         Raises:
             SessionError: more than the last token is pending, or there is no token to go on from.
             ContextLengthError: no position is left.
         """
-        self._check_idle()
+        self.state.check_idle()
         if self.pending > 1:
             raise SessionError(f"{self.pending - 1} tokens wait to be run: prefill the context first")
         if not self.pending:
             self._step_back()
         self.backbone.check_room(self.cache.next_position, 1)
-        self._streaming = True
-        return self._marks()
+        self.state.streaming = True
+        return self.state.checkpoint()
 
     def _step_back(self) -> None:
         """Take the last token out of the cache: an answer begins with the logits behind it."""
-        if not self.slots or self.slots[-1] == NOT_LIVE:
+        if not self.cache.length or int(self.cache.slot_to_token[-1]) == NO_TOKEN:
             raise SessionError("the context ends in what was erased: append a message or text before an answer")
         length = self.cache.length - 1
-        journal = self._history[-1].journal if self._history else None
+        journal = self.state.history[-1].journal if self.state.history else None
         if journal is None:
             self.cache.truncate(length)
         else:
@@ -233,21 +221,22 @@ class HeldSession(Session):
             with self.cache.edit() as step_back:
                 self.cache.truncate(length)
             journal.steps += step_back.steps
-        self.slots.pop()
 
-    def close_answer(self, marks: Marks, tokens: Sequence[int], keep: bool) -> None:
+    def close_answer(self, marks: Checkpoint, tokens: Sequence[int], keep: bool) -> None:
         """End an answer of `tokens`: kept, they are part of the session, and the last of them is pending."""
         if not keep or not tokens:
-            self._restore(marks)
-            self._streaming = False
+            self.state.restore(marks)
+            self.state.streaming = False
             return
         text, offsets = text_with_offsets(self.backbone.tokenizer, tokens, self.transcript.tokens[-1])
-        last = self.pending_places(1)
-        before = len(self.transcript.tokens)
+        live, before = self.transcript.live, len(self.transcript.tokens)
+        # The answer's first pass ran the last live token.
+        last = next(place for place in reversed(range(before)) if live[place])
         if self.cache.length > marks.length + len(tokens):
             self.cache.truncate(marks.length + len(tokens))
-        self.slots += [*last, *range(before, before + len(tokens))][: self.cache.length - marks.length]
+        said = [last, *range(before, before + len(tokens))]
+        self.cache.set_tokens(marks.length, said[: self.cache.length - marks.length])
         self.transcript.append(text, tokens, offsets)
-        self.turn_open = False
-        self._history.append(marks)
-        self._streaming = False
+        self.state.turn_open = False
+        self.state.history.append(marks)
+        self.state.streaming = False

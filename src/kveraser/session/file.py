@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +13,18 @@ import torch
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError, SessionFileError
+from kveraser.files import replacing
 from kveraser.measure.receipt import Audit, ProbeResult, Receipt, TokenKL
 from kveraser.model.backbone import SHIPPED_ERASER, Backbone
-from kveraser.session.session import Session
+from kveraser.session.state import SessionState
 from kveraser.text.chat import ChatOptions
 from kveraser.text.spans import MessageRange, Transcript
 
 FORMAT = "kveraser-session"
-VERSION = "1"
+VERSION = "2"
 
 
-def save(session: Session, path: str | Path) -> None:
+def save(state: SessionState, path: str | Path) -> None:
     """Write a session to `path`: its cache, transcript and receipts.
 
     What `undo` needs is not written. The cache is written as it is: `zero_value` leaves the span's keys in it, and
@@ -35,56 +33,45 @@ def save(session: Session, path: str | Path) -> None:
     Raises:
         SessionFileError: it can't be written (no space, no permission); an earlier file at `path` is untouched then.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = Path(path)
-    cache = session.cache
-    tensors = {"positions": cache.positions.clone()}
+    cache = state.cache
+    tensors = {"positions": cache.positions.clone(), "slot_to_token": cache.slot_to_token.clone()}
     for layer, (keys, values) in enumerate(cache.read(0, cache.length)):
         tensors[f"keys.{layer}"] = keys.contiguous().cpu()
         tensors[f"values.{layer}"] = values.contiguous().cpu()
-    state = {
-        "backbone": session.backbone.name,
-        "dtype": str(session.backbone.model.dtype).removeprefix("torch."),
-        "fingerprint": session.backbone.fingerprint,
+    fields = {
+        "backbone": state.backbone.name,
+        "dtype": str(state.backbone.model.dtype).removeprefix("torch."),
+        "fingerprint": state.backbone.fingerprint,
         "next_position": cache.next_position,
         "exact_length": cache.exact_length,
-        "slots": session.slots,
-        "turn_open": session.turn_open,
-        "tools": list(session.options.tools) or None,
-        "chat_template_kwargs": dict(session.options.variables),
-        "allow_special": session.options.allow_special,
-        "transcript": asdict(session.transcript),
-        "receipts": [receipt.to_json() for receipt in session.receipts],
+        "turn_open": state.turn_open,
+        "tools": list(state.options.tools),
+        "chat_template_kwargs": dict(state.options.variables),
+        "allow_special": state.options.allow_special,
+        "transcript": asdict(state.transcript),
+        "receipts": [receipt.to_json() for receipt in state.receipts],
     }
     try:
-        document = json.dumps(state)
+        document = json.dumps(fields)
     except (TypeError, ValueError) as error:
         raise SessionFileError(
             f"can't write the session to {target} ({error}): tools and method parameters must be JSON values"
         ) from error
     metadata = {"format": FORMAT, "version": VERSION, "document": document, "sha256": _checksum(document, tensors)}
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, target)
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
+        with replacing(target) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
         raise SessionFileError(
             f"can't write the session to {target} ({error}): free space or choose another place"
         ) from error
-    finally:
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
-def load(path: str | Path, backbone: Backbone | str | Path | None = None, **loading: Any) -> Session:
+def load(path: str | Path, backbone: Backbone | str | Path | None = None, **loading: Any) -> SessionState:
     """Read a session that `save` wrote.
 
     Args:
@@ -122,23 +109,20 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
             (tensors[f"keys.{layer}"].to(backbone.device), tensors[f"values.{layer}"].to(backbone.device))
             for layer in range(backbone.layers)
         ]
-        session = Session.restore(
+        cache = EditableCache.from_states(
+            states, backbone.layers, tensors["positions"], tensors["slot_to_token"], document["next_position"],
+            document["exact_length"],
+        )  # fmt: skip
+        return SessionState(
             backbone,
-            EditableCache.from_states(
-                states, backbone.layers, tensors["positions"], document["next_position"], document["exact_length"]
-            ),
+            cache,
             _transcript(document["transcript"]),
-            slots=document["slots"],
-            receipts=[_receipt(receipt) for receipt in document["receipts"]],
-            turn_open=document["turn_open"],
-            # Files of earlier versions have no variables, and special tokens acted.
-            options=ChatOptions(
-                document["tools"] or (), document.get("chat_template_kwargs", {}), document.get("allow_special", True)
-            ),
+            ChatOptions(document["tools"], document["chat_template_kwargs"], document["allow_special"]),
+            document["turn_open"],
+            [_receipt(receipt) for receipt in document["receipts"]],
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SessionFileError(f"{path} is not a whole session file ({error!r}): save the session again") from error
-    return session
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -157,7 +141,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if metadata.get("version") != VERSION:
         raise SessionFileError(
             f"{path} has session format {metadata.get('version')}, this release reads {VERSION}: "
-            "use the release that wrote it"
+            "use the release that wrote it, or open the context again"
         )
     text = metadata.get("document", "")
     if metadata.get("sha256") != _checksum(text, tensors):
@@ -203,6 +187,4 @@ def _receipt(fields: dict[str, Any]) -> Receipt:
 
 
 def _probe_result(fields: dict[str, Any]) -> ProbeResult:
-    # Files of earlier versions have no figures by token.
-    by_token = tuple(TokenKL(**token) for token in fields.pop("by_token", ()))
-    return ProbeResult(**fields, by_token=by_token)
+    return ProbeResult(**fields | {"by_token": tuple(TokenKL(**token) for token in fields["by_token"])})

@@ -1,46 +1,232 @@
-"""A session: a dialogue over a live cache that can be erased from, audited and saved."""
+"""A session: a context in a live cache that can be asked, erased from, audited and saved."""
 
 from __future__ import annotations
 
-import time
-from bisect import bisect_left
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from kveraser.cache.editable import EditableCache
-from kveraser.errors import (
-    BackboneError,
-    ContextLengthError,
-    EraserError,
-    InputError,
-    KVEraserError,
-    MethodError,
-    SessionError,
-)
-from kveraser.measure.audit import ANSWER_TOKENS, PreparedProbe, References, audit
-from kveraser.measure.probes import Probe, default_probes, default_secrets
+from kveraser.errors import InputError, MethodError, SessionError
+from kveraser.measure.audit import ANSWER_TOKENS, References
+from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Audit, Receipt
-from kveraser.methods import METHODS, NOT_LIVE, Method, default_method, make_method
-from kveraser.methods.apply import erase_tokens, plan_erase
-from kveraser.model.backbone import Backbone, Progress
-from kveraser.session.dialogue import Answer, Dialogue
+from kveraser.methods import Method, default_method, make_method
+from kveraser.model.backbone import DEFAULT_BACKBONE, SHIPPED_ERASER, Backbone, Progress
+from kveraser.model.decode import Decoding
+from kveraser.session import answer as answering
+from kveraser.session.answer import Answer
+from kveraser.session.audit import audit, make_references
+from kveraser.session.erase import erase, erase_auto
+from kveraser.session.file import load, save
+from kveraser.session.state import SessionState
 from kveraser.text import chat
-from kveraser.text.spans import Erasable, Span, resolve
-from kveraser.text.tokenized import tokenize
+from kveraser.text.spans import Erasable, Span, Transcript, resolve
+from kveraser.text.template import ChatOptions, notices, special_notices
 
 AUTO_PROBE_BUDGET = 0.02
 """Default KL budget of method="auto", nats per answer token."""
 
 
-class Session(Dialogue):
-    """A context and its live KV cache, with the verbs that people use. Takes the arguments of `Context`."""
+class Session:
+    """A context and its live KV cache.
 
-    # Erasing
+    Args:
+        backbone: a loaded backbone, or what `Backbone.load` takes.
+        text: a document; with a chat model it opens the first user turn, and questions continue that turn.
+        messages: a conversation in the OpenAI format, rendered by the model's own chat template.
+        tools: tool descriptions for the template; only with messages.
+        chat_template_kwargs: further variables of the chat template, such as `{"enable_thinking": False}`.
+        allow_special: special tokens in the text, messages and questions act as control tokens. False: they are read
+            as text.
+        eraser: PEFT LoRA folder or hub id, loaded into the backbone. Default: for a backbone given by name the eraser
+            that ships for it, if there is one; a ready one stays as it is. None: none.
+        device, dtype: see `Backbone.load`; only with a backbone given by name.
+        progress: called with tokens done and in all during prefill.
+        state: the state of another session, to be used as it is; all else is ignored then.
+
+    Raises:
+        InputError: neither or both of text and messages, or messages of the wrong form.
+        ContextLengthError: more tokens than the backbone has positions.
+        BackboneError, EraserError: see `Backbone.load`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | str | Path = DEFAULT_BACKBONE,
+        *,
+        text: str | None = None,
+        messages: Sequence[chat.ChatMessage] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        allow_special: bool = False,
+        eraser: str | Path | None = SHIPPED_ERASER,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        progress: Progress | None = None,
+        state: SessionState | None = None,
+    ) -> None:
+        if state is not None:
+            self.state = state
+            return
+        if (text is None) == (messages is None):
+            raise InputError("give a session either text or messages")
+        if text is not None and tools:
+            raise InputError("tools are described in a conversation: give messages instead of a text")
+        if isinstance(backbone, Backbone):
+            if device is not None or dtype is not None:
+                raise InputError("device and dtype are chosen when a backbone is loaded: give them to Backbone.load")
+            if eraser is not None and eraser != SHIPPED_ERASER:
+                backbone.load_eraser(eraser)
+        else:
+            backbone = Backbone.load(backbone, device=device, dtype=dtype, eraser=eraser)
+        options = ChatOptions(list(tools or ()), dict(chat_template_kwargs or {}), allow_special)
+        tokenizer = backbone.tokenizer
+        if messages is not None:
+            read = chat.conversation(tokenizer, messages, options)
+            _warn(notices(tokenizer, messages, options))
+        else:
+            read = chat.document(tokenizer, text or "", options)
+            _warn(special_notices(tokenizer, {"the text": text}, allow_special))
+        self.state = SessionState(
+            backbone,
+            backbone.prefill(read.tokens, progress),
+            options=options,
+            turn_open=text is not None and chat.has_template(tokenizer),
+        )
+        self.state.adopt(read)
+        self.state.transcript.body_start = read.body_start
+
+    # Reading
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model, its tokenizer and its eraser."""
+        return self.state.backbone
+
+    @property
+    def cache(self) -> EditableCache:
+        """The live cache."""
+        return self.state.cache
+
+    @property
+    def options(self) -> ChatOptions:
+        """How the chat template renders."""
+        return self.state.options
+
+    @property
+    def turn_open(self) -> bool:
+        """Whether the context ends inside the user's turn, which a question continues."""
+        return self.state.turn_open
+
+    @property
+    def transcript(self) -> Transcript:
+        """All text and tokens that were ever read, and which of them are live."""
+        return self.state.transcript
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """Of all erases, the last one last."""
+        return self.state.receipts
+
+    @property
+    def text(self) -> str:
+        """The live text: everything read or said that has not been erased."""
+        return self.transcript.live_text(0, len(self.transcript.tokens))
+
+    @property
+    def live_tokens(self) -> list[int]:
+        """Ids of the tokens that have not been erased, in order."""
+        return self.state.live_tokens
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cache equals a fresh prefill of the live tokens."""
+        return self.state.exact
+
+    def find(self, what: Erasable) -> list[tuple[Span, str]]:
+        """The token spans that `what` selects, and their text snapped to whole tokens, without erasing anything.
+
+        Raises:
+            SpanError: see `kveraser.text.spans`.
+        """
+        return [(span, self.transcript.text_of(span)) for span in resolve(self.transcript, what)]
+
+    # Asking and appending
+
+    def ask(self, question: str, *, keep: bool = False, **decoding: Any) -> Answer:
+        """Ask about the context.
+
+        Args:
+            question: the user's words; the chat template's markers are added.
+            keep: continue the conversation with question and answer. Otherwise the session stays as it was, so that
+                one question never influences the next.
+            decoding: fields of `Decoding`: max_new_tokens, do_sample, temperature, top_p, stop, seed, ...
+
+        Raises:
+            ContextLengthError, InputError, SessionError: the session is as before.
+        """
+        with closing(self.stream(question, keep=keep, **decoding)) as stream:
+            while True:
+                try:
+                    next(stream)
+                except StopIteration as finished:
+                    answer: Answer = finished.value
+                    return answer
+
+    def stream(self, question: str, *, keep: bool = False, **decoding: Any) -> Generator[str, None, Answer]:
+        """As `ask`, yielding the answer's text in pieces; the generator's return value is the `Answer`.
+
+        Until it is exhausted or closed, the session takes no other call. Closed early, nothing is kept.
+        """
+        try:
+            settings = Decoding(**decoding)
+        except TypeError as error:
+            raise InputError(f"ask takes no such setting: {error}") from error
+        self.state.check_idle()
+        # A bad question is refused here, not when the generator starts.
+        answering.question_tokens(self.state, question)
+        return answering.stream(self.state, question, keep, settings)
+
+    def append(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[chat.ChatMessage] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add to the context: text to a text session, messages to a conversation.
+
+        Raises:
+            InputError, ContextLengthError: the session is as before.
+        """
+        state, options = self.state, self.state.options
+        state.check_idle()
+        if (text is None) == (messages is None):
+            raise InputError("append either text or messages")
+        tokenizer, before = state.backbone.tokenizer, state.checkpoint()
+        templated = chat.has_template(tokenizer)
+        if text is not None:
+            if templated and not state.turn_open:
+                raise InputError("this is a conversation: append messages, not text")
+            added = chat.added_text(tokenizer, text, options)
+            _warn(special_notices(tokenizer, {"the text": text}, options.allow_special))
+        else:
+            if state.turn_open or not templated:
+                raise InputError("this is a text session: append text, not messages")
+            added = chat.added_messages(tokenizer, messages or (), options)
+            _warn(notices(tokenizer, messages or (), options))
+        state.backbone.extend(state.cache, added.tokens, progress)
+        first = len(state.transcript.tokens)
+        state.cache.set_tokens(before.length, range(first, first + len(added.tokens)))
+        state.adopt(added)
+        state.history.append(before)
+
+    # Erasing and going back
 
     def erase(
         self,
@@ -61,13 +247,13 @@ class Session(Dialogue):
         Args:
             what: a text, a selector of `kveraser.text.spans`, or several; overlapping spans are merged.
             method: a name in `kveraser.METHODS` such as `repair(32)`, a method, or `auto`: the cheapest whose audit
-                meets `max_kl` on `probes`, in the end `recompute`. None: the loaded eraser as it was trained, or
-                `recompute` where no eraser is loaded.
+                meets `max_kl` on `probes`, in the end `recompute`. None: `follow`, or `recompute` where keys can't be
+                moved.
             max_kl: budget of `auto`, mean KL(exact || edited) in nats per answer token (default 0.02).
             probes: questions for `auto` to audit with; default: built from the span and its surroundings.
             undoable: keep the old states for `undo`. False keeps nothing to undo with, this step or any earlier one;
                 buffer slots that the erase freed hold their old bits until they are written again.
-            force: run the method named, whatever exact recomputation would cost: for measurements of it.
+            force: run the named method even where exact recomputation costs the same: for measurements.
             parameters: the method's parameters by name.
 
         Returns:
@@ -76,138 +262,37 @@ class Session(Dialogue):
         Raises:
             SpanError, MethodError, EraserError, BackboneError: the session is as before.
         """
-        self._check_idle()
+        self.state.check_idle()
         spans = resolve(self.transcript, what)
         if method == "auto":
             if parameters:
                 raise MethodError(f"auto chooses the parameters itself: leave out {sorted(parameters)}")
-            return self._erase_auto(spans, AUTO_PROBE_BUDGET if max_kl is None else max_kl, probes, undoable)
+            budget = AUTO_PROBE_BUDGET if max_kl is None else max_kl
+            return erase_auto(self.state, spans, budget, None if probes is None else _probes(probes), undoable)
         if max_kl is not None or probes is not None:
             raise MethodError("max_kl and probes belong to method='auto': leave them out, or audit afterwards")
         if method is None and parameters:
             raise MethodError(f"parameters {sorted(parameters)} without a method: name the method they are for")
         chosen = default_method(self.backbone) if method is None else make_method(method, **parameters)
-        return self._erase(spans, chosen, undoable, force)
+        return erase(self.state, spans, chosen, undoable, force)
 
-    def _targets(self, spans: Sequence[Span]) -> set[int]:
-        return {token for span in spans for token in range(span.start, span.end) if self.transcript.live[token]}
+    def undo(self, steps: int = 1) -> None:
+        """Take back the last `steps` erases, appends or kept answers; every bit is as it was.
 
-    def _erase(self, spans: Sequence[Span], method: Method, undoable: bool = True, force: bool = False) -> Receipt:
-        targets = self._targets(spans)
-        plan = plan_erase(self.backbone, self.cache, method, self.slots, targets, force)
-        requested, method, marks = method, plan.method, self._marks()
-        self._synchronize()
-        started = time.perf_counter()
-        try:
-            with self.cache.edit() as journal:
-                slots, recomputed = erase_tokens(
-                    self.backbone, self.cache, method, self.transcript.tokens, self.slots, targets
-                )
-                self._synchronize()
-                seconds = time.perf_counter() - started
-                self.slots = slots
-                for token in targets:
-                    self.transcript.live[token] = False
-                receipt = Receipt(
-                    method=method.name,
-                    parameters=method.given,
-                    exact=self.exact,
-                    spans=tuple((span.start, span.end) for span in spans),
-                    text=tuple(self.transcript.text_of(span) for span in spans),
-                    erased=len(targets),
-                    recomputed=recomputed,
-                    seconds=seconds,
-                    bytes_written=journal.bytes_written,
-                    undo_bytes=journal.bytes if undoable else 0,
-                    next_position=self.cache.next_position,
-                    requested=None if plan.reason is None else str(requested),
-                    reason=plan.reason,
-                )
-                self.receipts.append(receipt)
-        except BaseException:
-            # The cache has put itself back.
-            self._restore(marks)
-            raise
-        if undoable:
-            self._history.append(replace(marks, journal=journal))
-        else:
-            # The states and all that could bring them back are gone together.
-            self._history.clear()
-        return receipt
+        Raises:
+            SessionError: there are not so many; nothing is undone then.
+        """
+        self.state.undo(steps)
 
-    def _erase_auto(
-        self, spans: Sequence[Span], max_kl: float, probes: Sequence[str | Probe] | None, undoable: bool
-    ) -> Receipt:
-        if not max_kl >= 0:
-            raise MethodError(f"max_kl is {max_kl}: give a budget of at least 0 nats per token")
-        chosen = None if probes is None else _checked(probes)
-        if chosen is not None and all(probe.kind != "influence" for probe in chosen):
-            raise MethodError("auto chooses by probes of kind influence, and there is none: add a question as text")
-        width = sum(sum(self.transcript.live[span.start : span.end]) for span in spans)
-        prefix = sum(self.transcript.live[: spans[0].start])
-        suffix = len(self.live_tokens) - prefix - width
-        candidates, targets = [], self._targets(spans)
-        for name, kind in METHODS.items():
-            # What can't serve this backbone (no eraser, no rotary positions) is no candidate, nor what costs about as
-            # much as the exact one.
-            if kind.removes_text:
-                with suppress(EraserError, BackboneError):
-                    plan = plan_erase(self.backbone, self.cache, make_method(name), self.slots, targets)
-                    if plan.reason is None:
-                        candidates.append(plan.method)
-        # Exact comes last at equal cost, so that it is paid for only when nothing cheaper serves.
-        candidates.sort(key=lambda method: (method.estimate(prefix, width, suffix), method.is_reference))
-        memory: list[References] = []
-        for method in candidates:
-            try:
-                receipt = self._erase(spans, method, undoable=True)
-            except KVEraserError:
-                if method.is_reference:
-                    raise
-                # It can't serve this backbone (too few layers, say); a dearer one can.
-                continue
-            accepted = False
-            try:
-                accepted = receipt.exact or self._meets(max_kl, chosen, memory)
-            finally:
-                if not accepted:
-                    self.undo()
-            if accepted:
-                break
-        receipt = self.receipts[-1]
-        if not undoable:
-            self._history.clear()
-            self.receipts[-1] = receipt = replace(receipt, undo_bytes=0)
-        return receipt
-
-    def _meets(self, max_kl: float, probes: Sequence[Probe] | None, memory: list[References]) -> bool:
-        """Whether the last erase, an approximate one, is within the budget; its receipt carries the audit then."""
-        if max_kl == 0:
-            return False
-        try:
-            if not memory:
-                memory.append(self.references())
-            measured = self._audit(probes, None, memory[0])
-        except ContextLengthError:
-            # What can't be measured is not within any budget.
-            return False
-        self.receipts[-1] = self.receipts[-1].with_audit(measured)
-        return measured.kl is not None and measured.kl <= max_kl
+    def fork(self) -> Self:
+        """An independent session over a copy of the cache; a change to one never touches the other."""
+        return type(self)(state=self.state.fork())
 
     # Auditing
 
     def references(self, progress: Progress | None = None) -> References:
         """Prefill the live tokens afresh, and all tokens, erased ones included: what audits compare with."""
-        exact, unerased = self.live_tokens, self.transcript.tokens
-        done = 0
-
-        def advance(tokens: int, _: int) -> None:
-            if progress is not None:
-                progress(done + tokens, len(exact) + len(unerased))
-
-        first = self.backbone.prefill(exact, advance)
-        done = len(exact)
-        return References(first, self.backbone.prefill(unerased, advance))
+        return make_references(self.state, progress)
 
     def audit(
         self,
@@ -228,10 +313,10 @@ class Session(Dialogue):
         Raises:
             SessionError: nothing has been erased.
         """
-        self._check_idle()
+        self.state.check_idle()
         if not self.receipts:
             raise SessionError("nothing has been erased yet: audit after erase")
-        chosen = None if probes is None else _checked(probes)
+        chosen = None if probes is None else _probes(probes)
         if isinstance(secrets, str) or not all(isinstance(secret, str) for secret in secrets or ()):
             raise InputError(f"secrets is {secrets!r}: give a list of texts")
         sizes = len(self.live_tokens), len(self.transcript.tokens)
@@ -240,84 +325,34 @@ class Session(Dialogue):
                 f"the references are of {references.exact.length} live tokens of {references.unerased.length}, "
                 f"the session has {sizes[0]} of {sizes[1]}: take them anew with references()"
             )
-        measured = self._audit(chosen, secrets, references or self.references(), answer_tokens)
+        measured = audit(self.state, chosen, secrets, references or self.references(), answer_tokens)
         self.receipts[-1] = self.receipts[-1].with_audit(measured)
         return measured
-
-    def _audit(
-        self,
-        probes: Sequence[Probe] | None,
-        secrets: Sequence[str] | None,
-        references: References,
-        answer_tokens: int = ANSWER_TOKENS,
-    ) -> Audit:
-        erased = [text for receipt in self.receipts for text in receipt.text]
-        if probes is None:
-            last, body = self.receipts[-1], self._body_token()
-            before = self.transcript.live_text(min(body, last.spans[0][0]), last.spans[0][0])
-            after = self.transcript.live_text(last.spans[-1][1], len(self.transcript.tokens))
-            probes = default_probes(before, " ".join(last.text), after)
-        tokenizer = self.backbone.tokenizer
-        prepared = [
-            PreparedProbe(
-                probe,
-                self._prompt(probe.question, probe.answer_prefix).tokens,
-                None
-                if probe.answer is None
-                else tokenize(tokenizer, chat.answer_text(probe.answer, probe.answer_prefix), follows=True).tokens,
-            )
-            for probe in probes
-        ]
-        if secrets is None:
-            secrets = [secret for text in erased for secret in default_secrets(text, self.text)]
-        hole = self._hole(references)
-        return audit(self.backbone, references, self.cache, prepared, secrets, hole, answer_tokens=answer_tokens)
-
-    def _hole(self, references: References) -> EditableCache | None:
-        """The live tokens prefilled at the positions they have in the cache, where those leave a hole."""
-        kept = [slot for slot, source in enumerate(self.slots) if source != NOT_LIVE]
-        positions = self.cache.positions[kept]
-        if bool((positions == torch.arange(len(kept))).all()):
-            return None
-        tokens = [self.transcript.tokens[self.slots[slot]] for slot in kept]
-
-        def prefill() -> EditableCache:
-            cache = self.backbone.new_cache(len(kept))
-            with cache.appending(positions):
-                self.backbone.forward(tokens, cache, positions)
-            with cache.edit():
-                cache.set_next_position(self.cache.next_position)
-            return cache
-
-        return references.remember(("hole", self.cache.next_position, tuple(positions.tolist())), prefill)
-
-    def _body_token(self) -> int:
-        """The first token of the user's own text."""
-        return bisect_left(self.transcript.offsets, self.transcript.body_start, key=lambda offset: offset[0])
 
     # Files
 
     def save(self, path: str | Path) -> None:
         """Write the session to one file; see `kveraser.session.file.save`."""
-        from kveraser.session.file import save
-
-        self._check_idle()
-        save(self, path)
+        self.state.check_idle()
+        save(self.state, path)
 
     @classmethod
-    def load(cls, path: str | Path, backbone: Backbone | str | Path | None = None, **loading: Any) -> Session:
+    def load(cls, path: str | Path, backbone: Backbone | str | Path | None = None, **loading: Any) -> Self:
         """Read a session from a file; see `kveraser.session.file.load`."""
-        from kveraser.session.file import load
-
-        return load(path, backbone, **loading)
-
-    def _synchronize(self) -> None:
-        if self.backbone.device.type == "cuda":
-            torch.cuda.synchronize(self.backbone.device)
+        return cls(state=load(path, backbone, **loading))
 
 
-def _checked(probes: Sequence[str | Probe]) -> list[Probe]:
-    """Probes as a user gives them."""
+def _warn(notices: Sequence[str]) -> None:
+    for notice in notices:
+        warnings.warn(notice, UserWarning, stacklevel=3)
+
+
+def _probes(probes: Sequence[str | Probe]) -> list[Probe]:
+    """Probes from questions.
+
+    Raises:
+        InputError: no list, an empty one, or other values.
+    """
     if isinstance(probes, str) or not isinstance(probes, Sequence) or not probes:
         raise InputError(f"probes is {probes!r}: give a list of questions, at least one")
     for probe in probes:

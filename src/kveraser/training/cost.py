@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 
-from kveraser.model.eraser import Eraser, EraserSettings
 from kveraser.model.support import check_model
+from kveraser.steering.eraser import Eraser, EraserSettings
+from kveraser.steering.layouts import LAYOUTS
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.recipe import Recipe
 
@@ -119,12 +121,13 @@ def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelS
         adapter = recipe.adapter
         eraser = Eraser.untrained(model, adapter.rank, adapter.alpha)
     text = config.get_text_config(decoder=True)
+    extras = LAYOUTS[settings.layout].extras(settings.slots, text.hidden_size)
     adapted = sum(parameter.numel() for parameter in eraser.parameters().values())
     _, kv_heads, _, head_dim = cache.layers[0].keys.shape
     return ModelShape(
         parameters=parameters,
         linear=linear,
-        trainable=adapted + settings.slots * text.hidden_size,
+        trainable=adapted + sum(prod(size) for size in extras.values()),
         adapter=adapted,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
@@ -152,10 +155,9 @@ def passes(case: CaseShape, settings: EraserSettings) -> tuple[float, float, flo
     """Tokens that run with the adapter on and the slots they see; tokens repaired after them; slots edited."""
     p, m, s = case.prefix, case.span, case.suffix
     window = min(settings.window(round(m)), s)
-    if settings.layout == "compact":
-        slots = min(settings.slots, m)
-        return slots, p + m, window, p + slots + s
-    return m, p, window, p + m + s
+    layout = LAYOUTS[settings.layout]
+    states = layout.states(m, settings.slots)
+    return states, layout.attended(p, m), window, p + states + s
 
 
 def case_flops(shape: ModelShape, case: CaseShape, settings: EraserSettings) -> dict[str, float]:

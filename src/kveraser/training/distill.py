@@ -15,11 +15,12 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kveraser.cache.editable import KeyValue
-from kveraser.cache.probe import splice
+from kveraser.cache.probe import concat_kv
 from kveraser.measure.packing import Pair, pack
+from kveraser.methods.kveraser import run_eraser
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import EraserSettings
-from kveraser.steering.states import compact_states, span_states, steering_positions
+from kveraser.steering.eraser import EraserSettings
+from kveraser.steering.layouts import LAYOUTS
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.checkpoint import TrainingError
 
@@ -114,14 +115,14 @@ def prepare(
         states = _prefilled(backbone, [context(case) for case in cases], prefills or {})
         prefix, before, suffix = split_states(states, cases[0])
         if reference is None:
-            cache = splice(prefix)
+            cache = concat_kv(prefix)
             if s:
                 _forward(backbone, [case.suffix for case in cases], torch.arange(p, p + s), cache)
             reference = answer_hidden(backbone, cache, p + s, p + s, queries)
         teacher = log_probabilities(backbone, reference)
         unerased = None
         if measure_unerased:
-            unerased = token_kl(teacher, answer_log_probabilities(backbone, splice(states), n, n, queries))
+            unerased = token_kl(teacher, answer_log_probabilities(backbone, concat_kv(states), n, n, queries))
     return PreparedBatch(tuple(cases), prefix, before, suffix, teacher, reference, unerased)
 
 
@@ -141,7 +142,7 @@ def exact_reference(backbone: Backbone, cases: Sequence[TokenizedCase]) -> torch
     """The exact reference's last hidden states from a fresh prefill of its own, as `PreparedBatch.hidden`."""
     exact = [(*case.prefix, *case.suffix) for case in cases]
     with torch.no_grad():
-        cache = splice(_prefilled(backbone, exact, {}))
+        cache = concat_kv(_prefilled(backbone, exact, {}))
         return answer_hidden(backbone, cache, len(exact[0]), len(exact[0]), [case.queries for case in cases])
 
 
@@ -169,35 +170,57 @@ def _prefilled(backbone: Backbone, contexts: Sequence[tuple[int, ...]], prefills
 def edited_log_probabilities(backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings) -> torch.Tensor:
     """Log-probabilities of the edited caches at every answer token, float32 `[answers, vocabulary]`, differentiable.
 
-    The same arithmetic as the in-place methods `kveraser` and `kveraser+repair`, out of place (a test compares them).
+    The layout runs as in `kveraser` and `kveraser+repair`, on spliced states.
     """
-    cases = prepared.cases
-    p, m, s = shape(cases[0])
-    suffix, start = prepared.suffix, p + m
-    if settings.layout != "keep":
-        keys = backbone.rotation.rotate([keys for keys, _ in suffix], -m)
-        suffix, start = [(key, value) for key, (_, value) in zip(keys, suffix, strict=True)], p
+    cases, store = prepared.cases, SplicedStore(backbone, prepared)
+    LAYOUTS[settings.layout].write(store, backbone.require_eraser().extras)
+    _, m, s = shape(cases[0])
     window = min(settings.window(m), s)
-    parts = [prepared.prefix, _steering(backbone, prepared, settings)]
+    parts = [prepared.prefix, store.steering]
     if window:
-        repaired = splice(*parts)
+        repaired = concat_kv(*parts)
         rerun = [case.suffix[:window] for case in cases]
-        _forward(backbone, rerun, torch.arange(start, start + window), repaired)
+        _forward(backbone, rerun, torch.arange(store.start, store.start + window), repaired)
         parts = [_states(repaired)]
-    parts.append([(keys[:, :, window:], values[:, :, window:]) for keys, values in suffix])
+    parts.append([(keys[:, :, window:], values[:, :, window:]) for keys, values in store.suffix])
     slots = sum(part[0][0].shape[2] for part in parts)
-    return answer_log_probabilities(backbone, splice(*parts), slots, start + s, [case.queries for case in cases])
+    queries = [case.queries for case in cases]
+    return answer_log_probabilities(backbone, concat_kv(*parts), slots, store.start + s, queries)
 
 
-def _steering(backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings) -> list[KeyValue]:
-    """The steering states that take the span's place, a pair a layer."""
-    p, m, _ = shape(prepared.cases[0])
-    if settings.layout == "compact":
-        # As in place: a span shorter than the slots has no room for all of them.
-        inside = torch.full((min(settings.slots, m),), float(p), dtype=torch.float64)
-        return compact_states(backbone, prepared.before, steering_positions(inside, "compact"))
-    positions = steering_positions(torch.arange(p, p + m, dtype=torch.float64), settings.layout)
-    return span_states(backbone, prepared.prefix, [case.span for case in prepared.cases], positions)
+class SplicedStore:
+    """States of a prepared batch as a layout's store, out of place: gradients flow through all parts.
+
+    See `kveraser.steering.layouts.Store`, whose methods these are.
+
+    Attributes:
+        steering: the steering states, a pair a layer.
+        suffix: the suffix's states, a pair a layer.
+        start: position of the suffix's first token.
+    """
+
+    def __init__(self, backbone: Backbone, prepared: PreparedBatch) -> None:
+        p, m, _ = shape(prepared.cases[0])
+        self.backbone, self.prepared = backbone, prepared
+        self.span_positions = torch.arange(p, p + m, dtype=torch.float64)
+        self.steering, self.suffix, self.start = list[KeyValue](), prepared.suffix, p + m
+
+    def run_span(self, positions: torch.Tensor) -> None:
+        """Attends to the prefix."""
+        spans = [case.span for case in self.prepared.cases]
+        self.steering = run_eraser(self.backbone, concat_kv(self.prepared.prefix), positions, tokens=spans)
+
+    def run_slots(self, embeddings: torch.Tensor, positions: torch.Tensor) -> None:
+        """Attends to prefix and span."""
+        before = concat_kv(self.prepared.before)
+        self.steering = run_eraser(self.backbone, before, positions, embeddings=embeddings)
+
+    def close_gap(self) -> None:
+        """Re-rotates the suffix keys by minus the span's length."""
+        m = len(self.span_positions)
+        keys = self.backbone.rotation.rotate([keys for keys, _ in self.suffix], -m)
+        self.suffix = [(key, value) for key, (_, value) in zip(keys, self.suffix, strict=True)]
+        self.start -= m
 
 
 def answer_log_probabilities(

@@ -14,7 +14,7 @@ import torch
 from kveraser.errors import InputError
 from kveraser.measure.audit import fidelity_interval
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import Eraser
+from kveraser.steering.eraser import Eraser
 from kveraser.training.batches import Order, batches, tokenized
 from kveraser.training.cases import TokenizedCase, read_cases
 from kveraser.training.checkpoint import TrainingError, read_checkpoint, write_checkpoint
@@ -137,9 +137,7 @@ class _Run:
         if recipe.initial is not None:
             eraser = self.backbone.load_eraser(recipe.initial)
             trained, wanted = eraser.settings, self.settings
-            if "compact" in {trained.layout, wanted.layout} and (
-                (trained.layout, trained.slots) != (wanted.layout, wanted.slots)
-            ):
+            if (trained.layout, trained.slots) != (wanted.layout, wanted.slots) and trained.slots + wanted.slots:
                 raise InputError(
                     f"initial {recipe.initial} is an eraser of layout {trained.layout} with {trained.slots} slots, the "
                     f"recipe asks for {wanted.layout} with {wanted.slots}: keep both, or start without initial"

@@ -14,7 +14,7 @@ from typing import Any
 
 from kveraser.errors import ContextLengthError, InputError
 from kveraser.model.backbone import DEFAULT_BACKBONE, Backbone
-from kveraser.model.eraser import Eraser, EraserSettings
+from kveraser.steering.eraser import Eraser, EraserSettings
 from kveraser.training.batches import trimmed
 from kveraser.training.cases import Case, TokenizedCase, read_cases, tokenize_with
 from kveraser.training.cost import CaseShape, ModelShape, Part, case_flops, case_shape, memory, model_shape

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kveraser.errors import InputError
 from kveraser.model.backbone import DEFAULT_BACKBONE
-from kveraser.model.eraser import EraserSettings, Layout
+from kveraser.steering.eraser import EraserSettings
 
 
 class _Strict(BaseModel):
@@ -79,7 +79,7 @@ class Recipe(_Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     data: str
     output: str
-    layout: Layout = "keep"
+    layout: str = "keep"
     repair: int = Field(default=0, ge=0)
     repair_per_span: float = Field(default=0.0, ge=0)
     slots: int = Field(default=0, ge=0)

@@ -16,7 +16,7 @@ from kveraser.measure.probes import Probe
 from kveraser.measure.rows import AXES
 from kveraser.model.backbone import SHIPPED_ERASER, Backbone
 from kveraser.model.bundled import MODEL_NAME, shipped_eraser_folder
-from kveraser.model.eraser import EraserSettings
+from kveraser.steering.eraser import EraserSettings
 
 MOST_BYTES = 12_000_000
 

@@ -7,11 +7,14 @@ from functools import cache as once
 import pytest
 import torch
 
+from kveraser.cache.editable import NO_TOKEN
+from kveraser.cache.probe import concat_kv
 from kveraser.errors import BackboneError, KVEraserError, MethodError, RotationError
-from kveraser.methods import NOT_LIVE, make_method
+from kveraser.methods import make_method
+from kveraser.methods.kveraser import run_eraser
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import SLOT_EMBEDDINGS, EraserSettings
-from kveraser.steering.states import compact_states, steering_positions
+from kveraser.steering.eraser import EraserSettings
+from kveraser.steering.layouts import SLOT_EMBEDDINGS, between
 from kveraser.text.spans import Span
 from tests.methods.test_methods import (
     CHANGE,
@@ -59,7 +62,7 @@ def test_compact_puts_its_slots_in_the_spans_place_and_closes_the_gap(family: st
     erased, _ = erase(backbone, "kveraser", span)
     cache, behind, length = erased.cache, span.start + SLOTS, LENGTH - len(span)
     assert cache.length == length + SLOTS and erased.recomputed == SLOTS and not erased.exact
-    assert erased.slots == (*range(span.start), *[NOT_LIVE] * SLOTS, *range(span.end, LENGTH))
+    assert erased.slots == (*range(span.start), *[NO_TOKEN] * SLOTS, *range(span.end, LENGTH))
     positions = cache.positions.tolist()
     assert [*positions[: span.start], *positions[behind:]] == list(range(length)) and erased.next_position == length
     assert positions[span.start : behind] == pytest.approx([span.start - 1 + part / 5 for part in (1, 2, 3, 4)])
@@ -97,10 +100,12 @@ def test_a_span_shorter_than_the_slots_has_room_for_as_many_as_it_has_tokens() -
     before = snapshot(cache)
     erased, journal = erase(backbone, "kveraser", short, cache=cache)
     assert erased.recomputed == 2 and cache.length == LENGTH and erased.next_position == LENGTH - 2
-    assert erased.slots == (*range(14), NOT_LIVE, NOT_LIVE, *range(16, LENGTH))
+    assert erased.slots == (*range(14), NO_TOKEN, NO_TOKEN, *range(16, LENGTH))
     with torch.no_grad():
-        positions = steering_positions(torch.full((2,), 14.0, dtype=torch.float64), "compact")
-        expected = compact_states(backbone, backbone.prefill(TOKENS).read(0, 16), positions)
+        before_it = concat_kv(backbone.prefill(TOKENS).read(0, 16))
+        embeddings = backbone.require_eraser().extras[SLOT_EMBEDDINGS][:2]
+        positions = between(torch.tensor(14.0, dtype=torch.float64), 2)
+        expected = run_eraser(backbone, before_it, positions, embeddings=embeddings)
     flat = [keys for keys, _ in expected] + [value for _, value in expected]
     assert distance(states(cache, 14, 16), flat) < SAME < CHANGE < distance(before["keys"], states(cache)[:3])
     cache.revert(journal)
@@ -160,8 +165,8 @@ def test_what_the_eraser_or_the_backbone_can_not_do_is_refused_before_any_write(
     before = snapshot(cache)
     with cache.edit() as journal:
         with pytest.raises(error, match=message):
-            make_method(recipe).settled(backbone)(backbone, cache, TOKENS, MIDDLE)
+            make_method(recipe).resolve(backbone)(backbone, cache, TOKENS, MIDDLE)
         assert not journal.steps and journal.bytes_written == 0
     assert same_bits(snapshot(cache), before)
     with pytest.raises(error, match=message):
-        make_method(recipe).settled(backbone)
+        make_method(recipe).resolve(backbone)

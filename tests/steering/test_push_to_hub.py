@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kveraser.errors import EraserError
-from kveraser.model.eraser import Eraser, EraserSettings
+from kveraser.steering.eraser import Eraser, EraserSettings
 from tests.tiny import attach_random_eraser, tiny_backbone
 
 

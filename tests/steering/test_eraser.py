@@ -17,7 +17,8 @@ from transformers import DynamicCache
 from kveraser.errors import EraserError
 from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import LAYOUTS, PAPER_MODULES, SLOT_EMBEDDINGS, Eraser, EraserSettings
+from kveraser.steering.eraser import PAPER_MODULES, Eraser, EraserSettings
+from kveraser.steering.layouts import LAYOUTS, SLOT_EMBEDDINGS
 from kveraser.text.spans import Span
 from tests.tiny import DEVICE, attach_random_eraser, distance, random_tokens, tiny_backbone, tiny_model
 
@@ -159,8 +160,8 @@ def test_extras_start_as_tokens_the_model_can_read() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (EraserSettings("compact"), "slots is 0: layout compact has 1 or more"),
-        (EraserSettings("keep", slots=2), "slots is 2: layout compact has 1 or more, the others none"),
+        (EraserSettings("compact"), "slots is 0: layout compact takes 1 or more"),
+        (EraserSettings("keep", slots=2), "slots is 2: layout keep takes none"),
         (EraserSettings("suffix", 8), "layout suffix was removed"),  # type: ignore[arg-type]
         (EraserSettings("closed", 0, 0.5), "repair_per_span is 0.5 with a repair of 0"),
         (EraserSettings("closed", 1, float("nan")), "repair_per_span is nan"),
@@ -223,7 +224,7 @@ def test_an_untrained_eraser_has_the_papers_shape_and_changes_nothing(family: st
         assert all(rank in value.shape for value in parameters.values())
         with backbone.erasing():
             assert torch.equal(plain(backbone), before)
-    assert LAYOUTS[0] == backbone.eraser.settings.layout  # type: ignore[union-attr]
+    assert next(iter(LAYOUTS)) == backbone.eraser.settings.layout  # type: ignore[union-attr]
 
 
 # Who sees it

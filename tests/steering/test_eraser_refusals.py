@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from kveraser.errors import EraserError
 from kveraser.model.backbone import Backbone
-from kveraser.model.eraser import PAPER_MODULES, SLOT_EMBEDDINGS
-from tests.model.test_eraser import CONFIG, EXTRAS, SETTINGS, SPAN, TOKENS, WEIGHTS, peft_model, plain, steering
+from kveraser.steering.eraser import PAPER_MODULES
+from kveraser.steering.layouts import SLOT_EMBEDDINGS
+from tests.steering.test_eraser import CONFIG, EXTRAS, SETTINGS, SPAN, TOKENS, WEIGHTS, peft_model, plain, steering
 from tests.tiny import attach_random_eraser, distance, tiny_backbone, tiny_model
 
 
@@ -143,7 +144,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "layout suffix was removed, because it equaled the method follow: use follow, or train with layout keep",
     ),
     "an infinite share": (text(SETTINGS, '{"repair": 1, "repair_per_span": Infinity}'), "repair_per_span is inf"),
-    "slots of another layout": (text(SETTINGS, '{"slots": 3}'), "slots is 3: layout compact has 1 or more"),
+    "slots of another layout": (text(SETTINGS, '{"slots": 3}'), "slots is 3: layout keep takes none"),
     "compact without slots": (text(SETTINGS, '{"layout": "compact"}'), "slots is 0: layout compact"),
     "no slot embeddings": (extras(THREE_SLOTS, None), "kveraser.safetensors can't be read .*No such file"),
     "corrupt slot embeddings": (extras(THREE_SLOTS, b"no tensors"), "kveraser.safetensors can't be read"),

@@ -12,20 +12,17 @@ from math import inf
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from kveraser.errors import EraserError
 from kveraser.files import replacing
-
-Layout = Literal["keep", "closed", "compact"]
-LAYOUTS: tuple[Layout, ...] = ("keep", "closed", "compact")
+from kveraser.steering.layouts import LAYOUTS, unknown_layout
 
 ADAPTER_NAME = "eraser"
 SETTINGS_FILE = "kveraser.json"
 EXTRAS_FILE = "kveraser.safetensors"
-SLOT_EMBEDDINGS = "slot_embeddings"
 CARD_FILE = "README.md"
 NOT_PLAIN = (
     "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "use_qalora",
@@ -37,26 +34,18 @@ move part of them into the adapter, which then fits the changed base alone."""
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def unknown_layout(layout: object) -> str:
-    """What to say of a layout that is not in `LAYOUTS`."""
-    if layout == "suffix":
-        return "layout suffix was removed, because it equaled the method follow: use follow, or train with layout keep"
-    return f"layout is {layout!r}, but it is one of {', '.join(LAYOUTS)}"
-
-
 @dataclass(frozen=True)
 class EraserSettings:
     """What an eraser was trained for. Read from `kveraser.json` beside the adapter; the paper's values if absent.
 
     Attributes:
-        layout: where the steering states sit. `keep`: in the span's slots, at its positions (the paper's). `closed`: in
-            its slots, at fractional positions in the closed gap. `compact`: in `slots` slots in the closed gap.
+        layout: where the steering states sit, a name in `kveraser.steering.layouts.LAYOUTS`.
         repair: suffix tokens that are recomputed after the steering states.
         repair_per_span: as many more for every token of the span.
         slots: steering slots of `compact`.
     """
 
-    layout: Layout = "keep"
+    layout: str = "keep"
     repair: int = 0
     repair_per_span: float = 0.0
     slots: int = 0
@@ -80,8 +69,9 @@ class EraserSettings:
             problem = f"repair_per_span is {self.repair_per_span!r}, but it is a number from 0 on"
         elif self.repair_per_span and not self.repair:
             problem = f"repair_per_span is {self.repair_per_span} with a repair of 0: give repair at least 1"
-        elif type(self.slots) is not int or self.slots < 0 or (self.slots == 0) == (self.layout == "compact"):
-            problem = f"slots is {self.slots!r}: layout compact has 1 or more, the others none"
+        elif type(self.slots) is not int or self.slots < 0 or (self.slots > 0) != LAYOUTS[self.layout].takes_slots:
+            wanted = "1 or more" if LAYOUTS[self.layout].takes_slots else "none"
+            problem = f"slots is {self.slots!r}: layout {self.layout} takes {wanted}"
         if problem is not None:
             raise EraserError(f"{source}: {problem}")
 
@@ -179,12 +169,13 @@ class Eraser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _inject(model, config, None)
-            extras: dict[str, torch.Tensor] = {}
-            if settings.layout == "compact":
-                embed = model.get_input_embeddings()
-                # Tokens of the model's own, scaled as it scales them: the slots start as something that it can read.
-                drawn = torch.randint(len(embed.weight), (settings.slots,)).to(model.device)
-                extras[SLOT_EMBEDDINGS] = embed(drawn).detach().float()
+            embed = model.get_input_embeddings()
+            shapes = LAYOUTS[settings.layout].extras(settings.slots, embed.weight.shape[1])
+            # Random tokens of the model: the extras start as embeddings that it can read.
+            extras = {
+                key: embed(torch.randint(len(embed.weight), (count,)).to(model.device)).detach().float()
+                for key, (count, _) in shapes.items()
+            }
         return cls(model, f"untrained(rank={rank})", settings, extras)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -320,9 +311,9 @@ def _read_extras(folder: Path, source: str, settings: EraserSettings, model: Any
     from safetensors.torch import load_file
 
     hidden = model.get_input_embeddings().weight.shape[1]
-    if settings.layout != "compact":
+    wanted = LAYOUTS[settings.layout].extras(settings.slots, hidden)
+    if not wanted:
         return {}
-    wanted = {SLOT_EMBEDDINGS: (settings.slots, hidden)}
     try:
         found = load_file(str(folder / EXTRAS_FILE))
     except (SafetensorError, OSError, ValueError) as error:

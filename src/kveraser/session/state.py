@@ -1,0 +1,131 @@
+"""The state of a session: a transcript over a live cache, its receipts, and the steps that undo goes back to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kveraser.cache.editable import EditableCache, Journal
+from kveraser.errors import SessionError
+from kveraser.measure.receipt import Receipt
+from kveraser.model.backbone import Backbone
+from kveraser.text import chat
+from kveraser.text.spans import Transcript
+from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
+from kveraser.text.tokenized import TokenizedText
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The sizes of a session at a step, which undo goes back to.
+
+    Attributes:
+        length: slots of the cache.
+        journal: of the erase that this step is; None for an append or a kept answer.
+    """
+
+    length: int
+    live: tuple[bool, ...]
+    tokens: int
+    characters: int
+    messages: int
+    receipts: int
+    turn_open: bool
+    journal: Journal | None = None
+
+
+@dataclass
+class SessionState:
+    """Everything that a session consists of. Token indices of the cache are indices of the transcript.
+
+    Attributes:
+        options: how the chat template renders.
+        turn_open: the context ends inside the user's turn, which a question continues.
+        receipts: of all erases, the last one last.
+        history: a checkpoint for every step that can be undone.
+        streaming: an answer is being decoded, and no other call is taken.
+    """
+
+    backbone: Backbone
+    cache: EditableCache
+    transcript: Transcript = field(default_factory=Transcript)
+    options: ChatOptions = DEFAULT_OPTIONS
+    turn_open: bool = False
+    receipts: list[Receipt] = field(default_factory=list)
+    history: list[Checkpoint] = field(default_factory=list)
+    streaming: bool = False
+
+    @property
+    def live_tokens(self) -> list[int]:
+        """Ids of the tokens that have not been erased, in order."""
+        return [token for token, live in zip(self.transcript.tokens, self.transcript.live, strict=True) if live]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cache equals a fresh prefill of the live tokens in it."""
+        return self.cache.exact_length == self.cache.length == self.cache.token_count
+
+    def check_idle(self) -> None:
+        """Raise SessionError while an answer is being streamed."""
+        if self.streaming:
+            raise SessionError("an answer is being streamed: exhaust or close its generator first, or fork before")
+
+    def checkpoint(self) -> Checkpoint:
+        """The sizes now."""
+        transcript = self.transcript
+        return Checkpoint(
+            self.cache.length, tuple(transcript.live), len(transcript.tokens), len(transcript.text),
+            len(transcript.messages), len(self.receipts), self.turn_open,
+        )  # fmt: skip
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Forget what came after a checkpoint. The cache's own edits must have been reverted."""
+        if self.cache.length > checkpoint.length:
+            self.cache.truncate(checkpoint.length)
+        self.transcript.truncate(checkpoint.tokens, checkpoint.characters, checkpoint.messages)
+        self.transcript.live = list(checkpoint.live)
+        del self.receipts[checkpoint.receipts :]
+        self.turn_open = checkpoint.turn_open
+
+    def adopt(self, *texts: TokenizedText) -> None:
+        """Add texts whose tokens were appended to the cache, or are yet to be, to the transcript."""
+        for text in texts:
+            base = len(self.transcript.text)
+            self.transcript.append(text.text, text.tokens, text.offsets)
+            self.transcript.messages += [chat.moved(message, base) for message in text.messages]
+
+    def undo(self, steps: int) -> None:
+        """Take back the last `steps` steps; every bit is as it was.
+
+        Raises:
+            SessionError: there are fewer; nothing is undone then.
+        """
+        self.check_idle()
+        if not 1 <= steps <= len(self.history):
+            raise SessionError(f"can't undo {steps} steps: {len(self.history)} can be undone")
+        for _ in range(steps):
+            checkpoint = self.history.pop()
+            if checkpoint.journal is not None:
+                self.cache.revert(checkpoint.journal)
+            self.restore(checkpoint)
+
+    def fork(self, cache: EditableCache | None = None) -> SessionState:
+        """An independent copy; it shares the journals that undo reverts, which are read only.
+
+        Args:
+            cache: the copy's cache. Default: a copy of this one.
+        """
+        self.check_idle()
+        transcript = self.transcript
+        return replace(
+            self,
+            cache=self.cache.fork() if cache is None else cache,
+            transcript=replace(
+                transcript,
+                tokens=list(transcript.tokens),
+                offsets=list(transcript.offsets),
+                live=list(transcript.live),
+                messages=list(transcript.messages),
+            ),
+            receipts=list(self.receipts),
+            history=list(self.history),
+        )
