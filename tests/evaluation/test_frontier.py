@@ -37,8 +37,8 @@ def test_the_position_gap_is_the_exact_suffix_at_its_old_positions() -> None:
     cache = backbone.prefill(tokens)
     before = snapshot(cache)
     with cache.edit() as journal:
-        erased = PositionGap()(backbone, cache, tokens, span)
-    assert erased.recomputed == 700 - 56 and not erased.exact and cache.next_position == 700
+        recomputed = PositionGap()(backbone, cache, tokens, span)
+    assert recomputed == 700 - 56 and not cache.exact and cache.next_position == 700
     positions = torch.arange(56, 700, dtype=torch.float64)
     wanted = backbone.prefill(tokens[:40])
     with wanted.appending(positions):

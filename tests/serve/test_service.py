@@ -65,7 +65,7 @@ def edited(messages: list[Any], gone: list[int], tail: list[Any], method: str = 
     text, ranges = chat_text.render_with_ranges(tokenizer, messages)
     whole_text = text + chat_text.reply_opening(tokenizer)
     assert backbone().tokenize(whole_text)[0] == list(tokens)
-    session.transcript = Transcript()
+    session.state.transcript = Transcript()
     session.transcript.append(whole_text, tokens[:-1], backbone().tokenize(whole_text)[1][:-1])
     session.transcript.messages = ranges
     session.erase([Message(index) for index in gone], method=method)

@@ -237,7 +237,7 @@ def _run_length(
             allocated = cache.bytes_allocated
             peak = _watch_memory(backbone)
             with cache.edit() as journal:
-                seconds, erased = _timed(backbone, partial(method, backbone, cache, tokens, span))
+                seconds, recomputed = _timed(backbone, partial(method, backbone, cache, tokens, span))
             grown = cache.bytes_allocated - allocated
             with rewound(cache):
                 answering, _ = _timed(backbone, partial(_first_token, backbone, cache, task.question))
@@ -248,7 +248,7 @@ def _run_length(
                 timed.answer = str(backbone.tokenizer.decode(answer, skip_special_tokens=True))
             if risen is not None:
                 timed.peaks.append(risen)
-            timed.extra, timed.recomputed = journal.bytes + grown, erased.recomputed
+            timed.extra, timed.recomputed = journal.bytes + grown, recomputed
             cache.revert(journal)
         for engine in engines:
             if engine.name not in failed:
