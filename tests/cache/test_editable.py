@@ -254,7 +254,7 @@ def write_other_number(backbone: Backbone, cache: EditableCache, context: Any, c
         ),
         misuse(
             lambda b, c: write_other_number(b, c, c.overwriting(10, torch.arange(3)), 5),
-            "up to slot 15 where it was to stop at 13",
+            "up to slot 15 where 13 is the last one allowed",
         ),
         misuse(
             lambda b, c: write_other_number(b, c, c.overwriting(10, torch.arange(5)), 3),

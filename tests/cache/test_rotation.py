@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "longrope": ("phi3", {"rope_parameters": LONGROPE}, "rope_type 'longrope'"),
     "gpt2": ("gpt2", {}, "no rotary position embedding"),
-    "keys normalised after the rotation": ("hunyuan_v1_dense", {"head_dim": 8}, "no known rotation explains"),
+    "keys normalised after the rotation": ("hunyuan_v1_dense", {"head_dim": 8}, "by no known rotation"),
 }  # fmt: skip
 
 

@@ -76,9 +76,9 @@ THREE_SLOTS = '{"layout": "compact", "slots": 3}'
 LAST_V = "model.layers.2.self_attn.v_proj"
 REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another hidden size": (
-        other(hidden_size=48), r"lora_A of model.layers.0.self_attn.q_proj is \[16, 48\], and should be \[16, 32\]",
+        other(hidden_size=48), r"lora_A of model.layers.0.self_attn.q_proj is \[16, 48\] instead of \[16, 32\]",
     ),
-    "another head size": (other(head_dim=8), r"lora_B of model.layers.0.self_attn.q_proj is \[32, 16\], .* \[64, 16\]"),
+    "another head size": (other(head_dim=8), r"lora_B of model.layers.0.self_attn.q_proj is \[32, 16\] instead of \[64, 16\]"),
     "more layers": (other(num_hidden_layers=4), "the backbone has no model.layers.3.*11 more differences"),
     "fewer layers": (other(num_hidden_layers=2), "the adapter has no lora_A for model.layers.2.self_attn.q_proj"),
     "another family": (
@@ -95,7 +95,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
         matrices(lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.ones(16, 32)})),
         "does not target model.norm",
     ),
-    "a rank that is not the configured one": (configured(r=8), r"is \[16, 32\], and should be \[8, 32\]"),
+    "a rank that is not the configured one": (configured(r=8), r"is \[16, 32\] instead of \[8, 32\]"),
     "modules that are not configured": (configured(target_modules=["q_proj"]), "does not target model.layers.0.mlp"),
     "modules that are not linear": (
         configured(target_modules=[*PAPER_MODULES, "mlp"]), "model.layers.0.mlp is not a linear layer",
@@ -135,8 +135,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "settings that are a list": (text(SETTINGS, "[1]"), "configuration can't be read"),
     "an unknown setting": (text(SETTINGS, '{"speed": 3}'), "configuration can't be read .*speed"),
     "an unknown layout": (text(SETTINGS, '{"layout": "open"}'), "layout is 'open', but it is one of keep, closed"),
-    "a window that is no count": (text(SETTINGS, '{"repair": -1}'), "repair is -1, but it is a count"),
-    "a window that is no number": (text(SETTINGS, '{"repair": true}'), "repair is True, but it is a count"),
+    "a window that is no count": (text(SETTINGS, '{"repair": -1}'), "repair is -1, but it must be a whole number"),
+    "a window that is no number": (text(SETTINGS, '{"repair": true}'), "repair is True, but it must be a whole number"),
     "a share that is no number": (text(SETTINGS, '{"repair": 1, "repair_per_span": true}'), "repair_per_span is True"),
     "a negative share": (text(SETTINGS, '{"repair": 1, "repair_per_span": -1}'), "repair_per_span is -1"),
     "the removed layout": (

@@ -35,11 +35,10 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class Step:
-    """One loss inside an edit: what was done to slots `[start, end)` of `length`, and their old states, a pair a layer.
+    """One change inside an edit: its kind, the slots `[start, end)` of `length`, and their old states, a pair a layer.
 
-    With `slots` (int64, increasing) only these were lost, and the states are theirs. `moved` tells how far a drop has
-    come: the number of buffers of which the suffix has moved up for certain, and the suffix of the next one while it
-    moves.
+    With `slots` (int64, increasing) only these changed, and the states are theirs. `moved` is the progress of a drop:
+    the number of buffers whose suffix has been moved, and the suffix of the next one while it is being moved.
     """
 
     kind: Literal["overwrite", "drop", "truncate"]
@@ -53,9 +52,9 @@ class Step:
 
 @dataclass
 class Journal:
-    """What an edit destroyed: enough to put every bit back, and nothing more.
+    """What an edit changed: enough to restore every bit.
 
-    `steps` hold the old states in the order in which they were lost; `positions`, `slot_to_token`, `next_position` and
+    `steps` hold the old states in the order of the changes; `positions`, `slot_to_token`, `next_position` and
     `exact_length` are the bookkeeping before the edit. `bytes_written` counts keys and values written
     or moved, over all layers.
     """
@@ -104,7 +103,7 @@ def _clone(states: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class EditableCache(Cache):
-    """A KV cache whose slots can be overwritten, dropped and rotated in place, and put back bit for bit.
+    """A KV cache whose slots can be overwritten, dropped and rotated in place, and restored bit for bit.
 
     It is a `transformers` cache: pass it as `past_key_values` to the model's own forward or `generate`. These number
     tokens by slot unless told otherwise: after a position gap, pass `position_ids` from `next_position` on.
@@ -170,11 +169,11 @@ class EditableCache(Cache):
         return self._exact_length
 
     def _follow_foreign_writes(self) -> None:
-        """Account for slots that `generate` or `crop` added or removed, which know nothing of positions."""
+        """Record slots that `generate` or `crop` added or removed without positions."""
         length = self.length
         known = self._positions.numel()
         if length < known:
-            # The position that follows is that of the first slot forgotten, whatever lies before it.
+            # The next position is that of the first removed slot.
             self._next_position = int(self._positions[length].ceil())
             self._exact_length = min(self._exact_length, length)
             self._positions, self._slot_to_token = self._positions[:length], self._slot_to_token[:length]
@@ -208,16 +207,16 @@ class EditableCache(Cache):
 
     @property
     def capacity(self) -> int:
-        """Slots that there is room for before the buffers grow."""
+        """Slots that the buffers hold before they grow."""
         return self.layers[0].capacity
 
     @property
     def bytes_allocated(self) -> int:
-        """Bytes of the buffers, over all layers: those of slots in use, and of the room behind them."""
+        """Bytes of the buffers over all layers, unused slots included."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` in all. Appends beyond the capacity would grow the buffers by half."""
+        """Allocate `slots` in all. Appends beyond the capacity would grow the buffers by half."""
         for layer in self.layers:
             layer.reserve(slots, exactly=True)
 
@@ -234,7 +233,7 @@ class EditableCache(Cache):
 
     @contextmanager
     def appending(self, positions: torch.Tensor) -> Iterator[None]:
-        """A forward pass inside appends slots at `positions` (float64 `[tokens]`); an exception takes them back."""
+        """A forward pass inside appends slots at `positions` (float64 `[tokens]`); an exception removes them."""
         self._follow_foreign_writes()
         start = self.length
         try:
@@ -252,9 +251,9 @@ class EditableCache(Cache):
 
     @contextmanager
     def overwriting(self, start: int, positions: torch.Tensor) -> Iterator[None]:
-        """A forward pass inside sees slots `[0, start)` and overwrites the `positions.numel()` slots that follow.
+        """A forward pass inside attends to slots `[0, start)` and overwrites the next `positions.numel()` slots.
 
-        The slots after them are neither seen nor touched. No copy of the cache is made: the cursor steps back and
+        The slots after them are neither attended to nor changed. The cache is not copied: its cursor moves back and
         returns. Needs an open `edit()`.
         """
         end = start + positions.numel()
@@ -275,10 +274,10 @@ class EditableCache(Cache):
 
     @contextmanager
     def overwriting_scattered(self, start: int, slots: torch.Tensor) -> Iterator[None]:
-        """A forward pass inside overwrites the given `slots` (int64 `[tokens]`, increasing) and sees all the cache.
+        """A forward pass inside overwrites `slots` (int64 `[tokens]`, increasing) and attends to the whole cache.
 
-        The caller passes a four-dimensional mask that lets each token see the slots up to its own; the slots keep their
-        positions. From slot `start` on nothing counts as exact any more. Needs `edit()`.
+        The caller passes a four-dimensional mask by which each token attends to the slots up to its own. The slots keep
+        their positions; slots from `start` on are no longer exact. Needs an open `edit()`.
         """
         if slots.numel() and not start <= int(slots.min()) <= int(slots.max()) < self.length:
             raise CacheError(f"slots {slots.tolist()} lie outside [{start}, {self.length}), where they may be written")
@@ -293,7 +292,7 @@ class EditableCache(Cache):
                 layer.scattered = None
 
     def truncate(self, length: int) -> None:
-        """Forget the slots from `length` on. Outside `edit()` they are gone; inside, they come back on undo."""
+        """Remove the slots from `length` on. Inside `edit()` undo restores them; outside they are gone."""
         self._check_range(length, self.length)
         self._follow_foreign_writes()
         if self._journal is not None:
@@ -302,12 +301,12 @@ class EditableCache(Cache):
         self._follow_foreign_writes()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in transformers: a positive number is how many slots stay, a negative one how many go."""
-        # Accounted for at once: what is appended next could make up the length again.
+        """As in transformers: a positive number of slots stays, a negative number is removed."""
+        # Recorded now: a later append could bring the length back to what it was.
         self.truncate(self.layers[0].cropped(tokens_to_remove))
 
     def reset(self) -> None:
-        """Forget all slots, as in transformers."""
+        """Remove all slots, as in transformers."""
         self.truncate(0)
         self._next_position = 0
 
@@ -380,7 +379,7 @@ class EditableCache(Cache):
         step = self._save("drop", start, end)
         length, buffers = self.length, self._buffers()
         for index, buffer in enumerate(buffers):
-            # Source and target overlap, so the suffix goes through a temporary, kept while an interrupt may come.
+            # Source and target overlap; the temporary also lets an interrupt in the middle be undone.
             suffix = buffer[:, :, end:length].clone()
             step.moved = (index, suffix)
             buffer[:, :, start : length - (end - start)] = suffix
@@ -427,32 +426,32 @@ class EditableCache(Cache):
             layer.values[:, :, start:end] = 0
 
     def set_next_position(self, position: int) -> None:
-        """Say where the next token goes. Needs an open `edit()`."""
+        """Set the position of the next token. Needs an open `edit()`."""
         if self._journal is None:
             raise CacheError("the next position moves only inside `with cache.edit():`")
         self._follow_foreign_writes()
         self._next_position = position
 
     def set_tokens(self, start: int, tokens: Sequence[int]) -> None:
-        """Say which tokens the slots from `start` on hold: their indices in the text, or `NO_TOKEN`."""
+        """Set which tokens the slots from `start` on hold: their indices in the text, or `NO_TOKEN`."""
         self._follow_foreign_writes()
         self._check_range(start, start + len(tokens))
         self._slot_to_token = self._slot_to_token.clone()
         self._slot_to_token[start : start + len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
 
     def mark_exact(self, length: int) -> None:
-        """Declare the first `length` slots equal to a fresh prefill. Only an exact recomputation may say so."""
+        """Mark the first `length` slots as equal to a fresh prefill. Only an exact recomputation may do this."""
         self._follow_foreign_writes()
         self._check_range(length, self.length)
         self._exact_length = length
 
     def mark_inexact(self, start: int) -> None:
-        """Declare that slots from `start` on no longer equal a fresh prefill of the live tokens."""
+        """Mark slots from `start` on as different from a fresh prefill of the live tokens."""
         self._follow_foreign_writes()
         self._exact_length = min(self._exact_length, start)
 
     def revert(self, journal: Journal) -> None:
-        """Put back every bit that the edit of `journal` changed. Later appends must have been truncated before."""
+        """Restore every bit that the edit of `journal` changed. Later appends must have been truncated before."""
         if self._journal is not None:
             raise CacheError("an edit is open on this cache: finish it before reverting another")
         for step in reversed(journal.steps):
@@ -485,7 +484,7 @@ class EditableCache(Cache):
                 buffer[:, :, end:length] = moving
 
     def wipe_unused(self) -> None:
-        """Overwrite the slots behind those in use with zeros: what edits and truncations left there."""
+        """Overwrite unused slots with zeros: they may hold states that edits and truncations removed."""
         for buffer in self._buffers():
             buffer[:, :, self.length :] = 0
 
@@ -521,9 +520,9 @@ class EditableCache(Cache):
 
     @classmethod
     def over(cls, buffers: Sequence[KeyValue], length: int) -> EditableCache:
-        """A cache of the first `length` slots of `buffers`, one pair a layer, which are used as they are, not copied.
+        """A cache of the first `length` slots of `buffers`, one pair a layer, without a copy.
 
-        What is appended is written into them as long as they have room.
+        Appends are written into them as long as they fit.
         """
         cache = cls(len(buffers))
         for layer, (keys, values) in zip(cache.layers, buffers, strict=True):

@@ -34,24 +34,24 @@ class EditableLayer(CacheLayerMixin):
 
     @staticmethod
     def _buffer(like: torch.Tensor, capacity: int) -> torch.Tensor:
-        # Tensors born in inference mode can't be written outside it, and a cache outlives the caller's mode.
+        # Tensors created in inference mode can't be written outside it, and a cache may be used in both.
         with torch.inference_mode(False):
             return torch.empty(
                 (like.shape[0], like.shape[1], capacity, like.shape[3]), dtype=like.dtype, device=like.device
             )
 
     def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        """Use these buffers, of which the first `length` slots are in use, and never others."""
+        """Use these buffers, whose first `length` slots are in use, and never allocate others."""
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values = keys, values
         self.capacity = self.limit = keys.shape[2]
         self.length, self.is_initialized = length, True
 
     def reserve(self, slots: int, exactly: bool = False) -> None:
-        """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortised constant time.
+        """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortized constant time.
 
         Args:
-            exactly: no more than that.
+            exactly: allocate no more than `slots`.
         """
         if slots <= self.capacity:
             return
@@ -87,7 +87,7 @@ class EditableLayer(CacheLayerMixin):
         else:
             end = self.length + key_states.shape[-2]
             if self.limit is not None and end > self.limit:
-                raise CacheError(f"the forward pass wrote up to slot {end} where it was to stop at {self.limit}")
+                raise CacheError(f"the forward pass wrote up to slot {end} where {self.limit} is the last one allowed")
             self.reserve(end)
             self.keys[:, :, self.length : end] = key_states
             self.values[:, :, self.length : end] = value_states
@@ -110,7 +110,7 @@ class EditableLayer(CacheLayerMixin):
         self.length = self.cropped(tokens_to_remove)
 
     def cropped(self, tokens_to_remove: int) -> int:
-        """The length after `crop`: as in transformers, a positive number is what stays, a negative one what goes."""
+        """The length after `crop`: a positive number of slots stays, a negative number is removed."""
         if tokens_to_remove > 0:
             return min(tokens_to_remove, self.length)
         return max(0, self.length + tokens_to_remove)

@@ -1,4 +1,4 @@
-"""Caches for one purpose and one pass: reading a model's early layers, and training through a spliced cache."""
+"""Caches for one forward pass: probing a model's early layers, and training through concatenated states."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class StopForward(Exception):
 
 
 class ProbingCache(EditableCache):
-    """A scratch cache that stops the forward pass at one layer and keeps what arrived there.
+    """A cache that stops the forward pass at one layer and keeps the states computed for it.
 
-    The pass raises `StopForward`; `captured` then holds `(keys, values)` of layer `stop_layer`. This reads a model's
-    early layers without knowing how the model is written.
+    The pass raises `StopForward`; `captured` then holds `(keys, values)` of layer `stop_layer`. This reads the
+    early layers of any model.
     """
 
     def __init__(self, layers: int, stop_layer: int, source: EditableCache, length: int) -> None:
@@ -41,7 +41,7 @@ class ProbingCache(EditableCache):
 
 
 def concat_kv(*parts: Sequence[KeyValue]) -> DynamicCache:
-    """Join runs of states into a new cache out of place, so that gradients flow through every part.
+    """Concatenate runs of states into a new cache, so that gradients flow through every part.
 
     Args:
         parts: runs of slots in order; each is one `(keys, values)` a layer, `[batch, kv_heads, slots, head_dim]`.

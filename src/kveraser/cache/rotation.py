@@ -1,8 +1,8 @@
-"""Moving keys along the text: re-rotation under rotary position embeddings (RoPE, arXiv:2104.09864).
+"""Re-rotate keys to other positions under rotary position embeddings (RoPE, arXiv:2104.09864).
 
-Models differ in how they rotate (half-split or interleaved pairs, part of the head, some layers not at all). Rather
-than trust a list of names, `detect` measures it: one token alone attends only to itself, so its keys at two positions
-may differ by a rotation and by nothing else. What the measurement does not confirm is refused.
+Models differ in how they rotate (half-split or interleaved pairs, part of the head, some layers not at all). `detect`
+measures it: a single token attends only to itself, so its keys at two positions differ by a rotation alone. A model
+whose keys differ in another way is refused.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ HALF_TOLERANCE = 5e-2
 
 
 def fixed_frequencies_end(config: Any) -> int | None:
-    """The position from which on a model rotates by other frequencies; None: it never does.
+    """The position from which a model rotates by other frequencies; None if it never does.
 
-    Beyond it (`longrope`: Phi-3.5, Phi-4-mini, arXiv:2402.13753; `dynamic`) a key depends on how long the text is when
-    it is computed: a prefill in chunks differs from one in one go, and a cache shortened by an erase from a fresh one.
+    Beyond it (`longrope`: Phi-3.5, Phi-4-mini, arXiv:2402.13753; `dynamic`) a key depends on the length of the text at
+    its computation: a chunked prefill differs from a single one, and a cache shortened by an erase from a fresh one.
 
     Args:
         config: of the text model, with `rope_parameters` of its own or one set for each layer type.
@@ -56,11 +56,11 @@ class Rotation:
     conventions: tuple[Convention, ...]
 
     def rotate(self, keys: Sequence[torch.Tensor], delta: float) -> list[torch.Tensor]:
-        """Keys as they would be `delta` positions further on.
+        """Keys moved by `delta` positions.
 
         Args:
             keys: one tensor a layer, `[batch, kv_heads, slots, head_dim]`, already rotated to their positions.
-            delta: how far to move; negative moves towards the beginning.
+            delta: positions to move by; negative towards the beginning.
 
         Returns:
             New tensors of the same shapes and dtypes; the arithmetic is float32 whatever the dtype.
@@ -79,7 +79,7 @@ def rotate_keys(
     """Rotate one layer's keys `[..., head_dim]` by `delta` positions; what is not rotary passes through."""
     if convention == "none" or delta == 0:
         return keys.clone()
-    # float64 angles: a float32 product of a large delta and a frequency near one loses digits that the keys still have.
+    # In float64: a float32 product of a large delta and a frequency near 1 is less precise than the keys.
     angles = inverse_frequencies.to(device=keys.device, dtype=torch.float64) * delta
     cosine, sine = angles.cos().float(), angles.sin().float()
     rotary_dim = 2 * inverse_frequencies.numel()
@@ -114,7 +114,7 @@ def detect(model: Any, layers: int) -> Rotation:
             f"{name}: rope_type '{kind}' changes its frequencies with the length of the text, so keys can't be moved. "
             "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
         )
-    # Not those of a vision tower.
+    # A vision tower has frequencies of its own.
     decoder = model.get_decoder() or model
     frequencies = next(
         (getattr(module, buffer) for module in decoder.modules() for buffer in FREQUENCIES if hasattr(module, buffer)),
@@ -144,7 +144,7 @@ def detect(model: Any, layers: int) -> Rotation:
         best = min(candidates, key=errors.__getitem__)
         if errors[best] > tolerance * float(there.norm()):
             raise RotationError(
-                f"{name}: the keys of layer {index} move with the position in a way no known rotation explains "
+                f"{name}: the keys of layer {index} change with the position by no known rotation "
                 f"(relative error {errors[best] / float(there.norm()):.2g}). Use a method that keeps positions."
             )
         conventions.append(best)

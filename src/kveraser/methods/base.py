@@ -57,14 +57,14 @@ class Method(ABC):
         """Tokens that an erase will run through the backbone."""
 
     def resolve(self, backbone: Backbone) -> Self:
-        """The method with its open parameters filled in for `backbone`.
+        """The method with its open parameters set for `backbone`.
 
         Raises:
             EraserError: it needs an eraser and none is loaded.
             RotationError: it moves keys, and the backbone's can't be moved.
         """
         if self.moves_keys:
-            # Measured once a backbone, so that no erase pays for it.
+            # Measured once per backbone; done here so that no erase includes it.
             _ = backbone.rotation
         return self
 
@@ -80,11 +80,11 @@ class Method(ABC):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The parameters by name, without open ones."""
+        """The parameters by name, without those that are None."""
         return {name: value for name, value in self.parameters.items() if value is not None}
 
     def __str__(self) -> str:
-        """The name and the parameters, as `make_method` reads them; open ones and long texts are left out."""
+        """The name and parameters as `make_method` reads them, without None and long texts."""
         shown = [f"{name}={value!r}" for name, value in self.given.items() if len(repr(value)) < LONG_VALUE]
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
@@ -104,7 +104,7 @@ def clear_tokens(cache: EditableCache, span: Span) -> None:
 
 
 def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: int) -> None:
-    """Move the slots from `start` on so that the first of them comes to `position`; keys are re-rotated, values stay.
+    """Re-rotate the keys from slot `start` on so that the first of them is at `position`; values are unchanged.
 
     Raises:
         RotationError: the backbone's positions can't be moved.
@@ -158,7 +158,7 @@ def recompute_scattered(
     if not slots:
         return
     chosen, positions = torch.tensor(slots), cache.positions[list(slots)]
-    # Those that follow the exact slots without a gap become exact.
+    # Slots recomputed directly after the exact ones are exact too.
     run = next((place for place, slot in enumerate(slots) if slot != start + place), len(slots))
     exact = cache.exact_length >= start and positions[:run].tolist() == list(range(start, start + run))
     with cache.overwriting_scattered(start, chosen):
@@ -179,7 +179,7 @@ def check_widths(name: str, window: int | None, per_span: float | None, overlap:
         MethodError: naming the parameter and its value.
     """
     if window is not None and (type(window) is not int or window < 1):
-        raise MethodError(f"{name}: window is {window!r}, but it is a count of tokens from 1 on; or use shift")
+        raise MethodError(f"{name}: window is {window!r}, but it must be at least 1 token; without a window use shift")
     for key, share in (("per_span", per_span), ("overlap", overlap)):
         if share is not None and (type(share) not in (int, float) or not 0 <= share < inf):
-            raise MethodError(f"{name}: {key} is {share!r}, but it is tokens per token of the span, from 0 on")
+            raise MethodError(f"{name}: {key} is {share!r}, but it must be tokens per token of the span, at least 0")

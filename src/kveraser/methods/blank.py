@@ -26,7 +26,7 @@ class Blank(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.filler, str) or not self.filler:
-            raise MethodError(f"blank: filler is {self.filler!r}, but it is some neutral text, such as a line break")
+            raise MethodError(f"blank: filler is {self.filler!r}, but it must be neutral text, such as a line break")
 
     @property
     def changes_only_span(self) -> bool:

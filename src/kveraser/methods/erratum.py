@@ -18,10 +18,10 @@ QUOTED_WORDS = 24
 
 @dataclass(frozen=True)
 class Erratum(Method):
-    """The span stays readable; the model is asked, after the suffix, to disregard it. A baseline, not a safe erase.
+    """Append a notice that asks the model to disregard the span, which stays readable. A baseline, not a safe erase.
 
     Args:
-        wording: the notice; `{quote}` stands for the span's text, shortened in the middle when it is long.
+        wording: the notice; `{quote}` is replaced by the span's text, shortened in the middle if long.
     """
 
     wording: str = 'Correction: disregard the following part of the text above, it is not valid: "{quote}".'
@@ -34,7 +34,7 @@ class Erratum(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.wording, str) or not self.wording.strip():
-            raise MethodError(f"erratum: wording is {self.wording!r}, but it is a text")
+            raise MethodError(f"erratum: wording is {self.wording!r}, but it must be text")
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         tokenizer = backbone.tokenizer
@@ -45,7 +45,7 @@ class Erratum(Method):
         notice = self.wording.replace("{quote}", " ".join(words))
         last = next((token for token in reversed(ids) if token != NO_TOKEN and tokenizer.decode(token).strip()), None)
         if has_template(tokenizer) and last in tokenizer.all_special_ids:
-            # The last turn is closed: words outside any turn would be noise to a chat model.
+            # The last turn is closed, and a chat model ignores text outside turns.
             notice = as_turn(tokenizer, {"role": "user", "content": notice})
         else:
             notice = f"\n\n{notice}"

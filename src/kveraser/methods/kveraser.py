@@ -18,7 +18,7 @@ from kveraser.steering.layouts import LAYOUTS, unknown_layout
 from kveraser.text.spans import Span
 
 DEFAULT_WINDOW = 16
-"""The repair window of an eraser that was not trained for one."""
+"""The repair window of an eraser trained without one."""
 
 
 @dataclass(frozen=True)

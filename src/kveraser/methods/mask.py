@@ -29,7 +29,7 @@ class Mask(Method):
         position = ceil(float(cache.positions[span.start]))
         cache.drop(span.start, span.end)
         if span.start == cache.length:
-            # Nothing follows the span, so no position has to be kept and the text simply ends earlier.
+            # Nothing follows the span: the text ends earlier, without a gap.
             cache.set_next_position(position)
         return 0
 

@@ -18,7 +18,7 @@ from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
 PROBED_LAYER = 1
-"""The first layer whose values depend on other tokens: the earliest at which a deviation can show."""
+"""The first layer whose values depend on other tokens, and so can deviate."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Selective(Method):
 
     def __post_init__(self) -> None:
         if type(self.ratio) not in (int, float) or not 0 < self.ratio <= 1:
-            raise MethodError(f"selective: ratio is {self.ratio!r}, but it is a fraction above 0 and at most 1")
+            raise MethodError(f"selective: ratio is {self.ratio!r}, but it must be above 0 and at most 1")
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
         Shift()(backbone, cache, tokens, span)
@@ -60,7 +60,7 @@ class Selective(Method):
         count = ceil(self.ratio * live.numel())
         selected = live[deviation.topk(count).indices.sort().values.cpu()]
         with cache.overwriting_scattered(span.start, selected):
-            # All of the probed layer's states are new already, so the pass below attends to them.
+            # The pass below attends to the new states of the probed layer.
             cache.write_layer(PROBED_LAYER, live, keys, values)
             backbone.forward(
                 [ids[slot] for slot in selected.tolist()],

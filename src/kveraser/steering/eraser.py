@@ -29,19 +29,19 @@ NOT_PLAIN = (
     "velora_config", "kasa_config", "arrow_config", "alora_invocation_tokens",
 )  # fmt: skip
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""Initializations of PEFT that leave the base model's weights as they are. The others (pissa, olora, corda, loftq, ...)
-move part of them into the adapter, which then fits the changed base alone."""
+"""PEFT initializations that leave the base model's weights unchanged. The others (pissa, olora, corda, loftq, ...) move
+part of the weights into the adapter."""
 PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class EraserSettings:
-    """What an eraser was trained for. Read from `kveraser.json` beside the adapter; the paper's values if absent.
+    """The layout and repair window of an eraser: `kveraser.json` beside the adapter, else the paper's.
 
     Attributes:
         layout: where the steering states sit, a name in `kveraser.steering.layouts.LAYOUTS`.
         repair: suffix tokens that are recomputed after the steering states.
-        repair_per_span: as many more for every token of the span.
+        repair_per_span: further ones for every token of the span.
         slots: steering slots of `compact`.
     """
 
@@ -55,7 +55,7 @@ class EraserSettings:
         return self.repair + round(self.repair_per_span * span)
 
     def check(self, source: str) -> None:
-        """Refuse what no eraser can be.
+        """Check the settings.
 
         Raises:
             EraserError: naming `source` and the setting.
@@ -64,9 +64,9 @@ class EraserSettings:
         if self.layout not in LAYOUTS:
             problem = unknown_layout(self.layout)
         elif type(self.repair) is not int or self.repair < 0:
-            problem = f"repair is {self.repair!r}, but it is a count from 0 on"
+            problem = f"repair is {self.repair!r}, but it must be a whole number of at least 0"
         elif type(self.repair_per_span) not in (int, float) or not 0 <= self.repair_per_span < inf:
-            problem = f"repair_per_span is {self.repair_per_span!r}, but it is a number from 0 on"
+            problem = f"repair_per_span is {self.repair_per_span!r}, but it must be at least 0"
         elif self.repair_per_span and not self.repair:
             problem = f"repair_per_span is {self.repair_per_span} with a repair of 0: give repair at least 1"
         elif type(self.slots) is not int or self.slots < 0 or (self.slots > 0) != LAYOUTS[self.layout].takes_slots:
@@ -84,7 +84,7 @@ class Eraser:
     Attributes:
         name: folder or hub id it came from.
         settings: the layout and repair window it was trained for.
-        extras: what its layout learns beside the LoRA: `slot_embeddings` `[slots, hidden]` (`compact`).
+        extras: parameters that its layout trains beside the LoRA: `slot_embeddings` `[slots, hidden]` (`compact`).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Eraser:
             key: torch.nn.Parameter(tensor.to(model.device), requires_grad=False)
             for key, tensor in (extras or {}).items()
         }
-        # PEFT's switch walks every module of the model; the list is made once so that a pass doesn't.
+        # PEFT's own switch walks every module of the model on each pass.
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         for layer in self._layers:
             layer.forward = partial(_adapted, layer)
@@ -143,12 +143,12 @@ class Eraser:
     def untrained(
         cls, model: Any, rank: int = 16, alpha: int = 32, settings: EraserSettings | None = None, seed: int = 0
     ) -> Eraser:
-        """A LoRA with the paper's shape and B = 0: erasing with it re-encodes the span as the backbone would.
+        """A LoRA of the paper's shape with B = 0: an erase with it writes the backbone's own states of the span.
 
-        The starting point of training, and enough to measure what an erase costs.
+        Training starts from it, and it costs what a trained one costs.
 
         Raises:
-            EraserError: settings that no eraser can have.
+            EraserError: invalid settings.
         """
         from peft import LoraConfig
 
@@ -160,7 +160,7 @@ class Eraser:
             r=rank,
             lora_alpha=alpha,
             lora_dropout=0.0,
-            # Models that fuse projections (Phi-3, GPT-NeoX) carry other names for the same seven.
+            # Models with fused projections (Phi-3, GPT-NeoX) name the same seven otherwise.
             target_modules=list(PAPER_MODULES) if set(PAPER_MODULES) <= linear else "all-linear",
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             bias="none",
@@ -189,7 +189,7 @@ class Eraser:
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        # No embedding is adapted: a look at the hub for a changed vocabulary would be in vain.
+        # No embedding is adapted; without this PEFT asks the hub for the model's vocabulary.
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
         tensors = {f"base_model.model.{name}": value for name, value in state.items()}
         for name, content in (("adapter_model.safetensors", tensors), (EXTRAS_FILE, self.extras)):
@@ -198,7 +198,7 @@ class Eraser:
                 with replacing(target / name) as temporary:
                     save_file(ready, temporary, metadata={"format": "pt"})
             else:
-                # An earlier eraser of another layout may have left its own.
+                # From an earlier eraser of another layout in this folder.
                 (target / name).unlink(missing_ok=True)
         self.model.peft_config[ADAPTER_NAME].save_pretrained(str(target))
         with replacing(target / SETTINGS_FILE) as temporary:
@@ -241,7 +241,7 @@ def _folder_of(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    # A hub id is owner/name; anything else can only have been meant as a folder.
+    # A hub id is owner/name; anything else is a folder.
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise EraserError(f"no eraser at {source}: give a folder written by PEFT or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
@@ -264,7 +264,7 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
         if not (folder / name).is_file():
             raise EraserError(f"{source} has no {name}: an eraser is a folder as PEFT's save_pretrained writes it")
     try:
-        # PEFT refuses some of these itself, in words that do not say why an eraser can't be one.
+        # Checked before PEFT, whose message does not say why.
         start = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("init_lora_weights", True)
         if start not in KEEPS_BASE:
             raise EraserError(
@@ -276,7 +276,7 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
         settings_file = folder / SETTINGS_FILE
         fields = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
         if fields.get("layout", "keep") not in LAYOUTS:
-            # Settings of a removed layout have fields that no longer exist.
+            # Settings of a removed layout have unknown fields.
             raise EraserError(f"{source}, {SETTINGS_FILE}: {unknown_layout(fields['layout'])}")
         if fields.get("echoes") == 0:
             # Earlier versions wrote this setting of the removed layout for every layout.
@@ -306,7 +306,7 @@ def _read(folder: Path, source: str) -> tuple[Any, dict[str, torch.Tensor], Eras
 
 
 def _read_extras(folder: Path, source: str, settings: EraserSettings, model: Any) -> dict[str, torch.Tensor]:
-    """What the layout needs beside the LoRA, float32 as it was trained."""
+    """Parameters of the layout beside the LoRA, float32."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -327,7 +327,7 @@ def _read_extras(folder: Path, source: str, settings: EraserSettings, model: Any
 def _adapted(layer: Any, states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
     """A LoRA layer's forward pass. Without gradients the update is added in place, in one product instead of PEFT's
     product, scaling and sum: `output += scaling * (states @ A^T) @ B^T`."""
-    # An earlier eraser may have adapted layers that this one does not.
+    # Layers that only an earlier eraser adapted.
     adapted = ADAPTER_NAME in layer.lora_A and not layer.disable_adapters and not layer.merged
     plain = not torch.is_grad_enabled() and not layer.training and not arguments and not options
     if adapted and plain:
@@ -357,7 +357,7 @@ def _check_fits(config: Any, tensors: dict[str, torch.Tensor], model: Any, sourc
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
-    # Under an earlier eraser the linear layers are wrapped, and keep their names.
+    # An earlier eraser wraps the linear layers, which keep their names.
     modules = {
         name.removesuffix(".base_layer"): module for name, module in model.named_modules() if ".lora_" not in name
     }
@@ -385,7 +385,7 @@ def _check_fits(config: Any, tensors: dict[str, torch.Tensor], model: Any, sourc
             if matrix is None:
                 differences.append(f"the adapter has no lora_{side} for {name}")
             elif tuple(matrix.shape) != wanted:
-                differences.append(f"lora_{side} of {name} is {list(matrix.shape)}, and should be {list(wanted)}")
+                differences.append(f"lora_{side} of {name} is {list(matrix.shape)} instead of {list(wanted)}")
     if not tensors:
         differences.append("the adapter is empty")
     if differences:
