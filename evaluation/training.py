@@ -22,9 +22,9 @@ from kveraser.measure.environment import environment
 from kveraser.model.backbone import Backbone
 from kveraser.steering.eraser import EraserSettings
 from kveraser.training.batches import batches, tokenized
-from kveraser.training.cases import TokenizedCase
+from kveraser.training.cases import CaseSizes, TokenizedCase
 from kveraser.training.distill import case_losses, exact_reference, prepare
-from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
+from kveraser.training.span_neighbor import span_neighbor_cases
 
 SUBJECTS = "The harbour clerk", "A ferry captain", "The night porter", "One of the masons", "The keeper of the orchard"
 VERBS = "writes down", "counts", "looks after", "asks about", "carries away", "mends", "forgets", "sells"
@@ -94,7 +94,7 @@ def run(
         )
     say = progress or (lambda _: None)
     eraser = backbone.require_eraser()
-    sizes = SpanNeighborSettings(settings.context, settings.span)
+    sizes = CaseSizes(settings.context, settings.span)
     made = span_neighbor_cases(passages(settings.seed), settings.cases, settings.seed, sizes)
     cases = list(tokenized(backbone, made, settings.shape_multiple))
     queries = settings.epochs * sum(len(case.queries) for case in cases)
@@ -140,7 +140,7 @@ def naive(backbone: Backbone, cases: Sequence[TokenizedCase], settings: EraserSe
     for case in [*cases] * epochs:
         compared = sum(len(answer) for _, answer in case.queries)
         for query, kind in zip(case.queries, case.kinds, strict=True):
-            alone = replace(case, queries=(query,), kinds=(kind,), accepted=(), wrong=())
+            alone = replace(case, queries=(query,), kinds=(kind,))
             share = len(query[1]) / compared / len(cases)
             prepared = prepare(backbone, [alone], reference=exact_reference(backbone, [alone]))
             (case_losses(backbone, prepared, settings, "kl", 1.0).sum() * share).backward()

@@ -11,9 +11,9 @@ from evaluation.suites.base import Made, Suite, SuiteSettings, from_training_cas
 from kveraser.errors import InputError
 from kveraser.measure.case import ALL, BenchCase, Cell, LeftOut
 from kveraser.text.tokenized import encode
-from kveraser.training.cases import Case
-from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
-from kveraser.training.tasks import TASKS, TaskSettings, task_cases
+from kveraser.training.cases import Case, CaseSizes
+from kveraser.training.span_neighbor import span_neighbor_cases
+from kveraser.training.tasks import TASKS, task_cases
 
 SPAN_NEIGHBOR = "span_neighbor"
 HELDOUT_TASKS = (SPAN_NEIGHBOR, *TASKS)
@@ -65,11 +65,10 @@ def heldout_cases(
     words = tokens_per_word(tokenizer, passages)
     rest, inside = round((length - span) / words), max(1, round(span / words))
     try:
+        sizes = CaseSizes((rest, rest), (inside, inside))
         if task == SPAN_NEIGHBOR:
-            neighbors = SpanNeighborSettings((rest, rest), (inside, inside))
-            return list(span_neighbor_cases(passages, count, seed, neighbors, "heldout"))
-        settings = TaskSettings((rest, rest), (inside, inside))
-        return list(task_cases([task], passages, count, seed, settings, "heldout"))
+            return list(span_neighbor_cases(passages, count, seed, sizes, "heldout"))
+        return list(task_cases([task], passages, count, seed, sizes, "heldout"))
     except InputError as error:
         raise InputError(f"no cases of {task} with a span of {span} in {length} tokens: {error}") from error
 

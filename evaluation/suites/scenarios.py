@@ -15,8 +15,9 @@ from evaluation.suites.text import generated_passages
 from kveraser.errors import InputError
 from kveraser.measure.case import BenchCase, Cell, LeftOut, tokenize_case, tokenize_context
 from kveraser.measure.questions import Query
+from kveraser.training.cases import CaseSizes
 from kveraser.training.split import HELD_OUT, split_passages
-from kveraser.training.tasks import LEAST_CONTEXT, LEAST_SPAN, TaskSettings, task_cases
+from kveraser.training.tasks import LEAST_CONTEXT, LEAST_SPAN, task_cases
 
 TASKS = {
     "stale_fact": "stale",
@@ -72,7 +73,7 @@ def _case(settings: SuiteSettings, cell: Cell, passages: Sequence[str], index: i
     rest, inside = (cell.length - cell.span) / words, cell.span / words
     best: tuple[float, BenchCase] | None = None
     for draw in range(DRAWS):
-        sizes = TaskSettings((round(rest), round(rest)), (max(1, round(inside)), max(1, round(inside))))
+        sizes = CaseSizes((round(rest), round(rest)), (max(1, round(inside)), max(1, round(inside))))
         seed = settings.seed * DRAWS + draw
         (drawn,) = task_cases([TASKS[cell.task]], passages, index + 1, seed, sizes, "heldout", first=index)
         name = f"scenarios/{cell.task}/{cell.length}/{cell.span}/{index}"

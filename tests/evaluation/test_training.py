@@ -12,7 +12,8 @@ from kveraser.errors import EraserError, InputError
 from kveraser.model.backbone import Backbone
 from kveraser.steering.eraser import EraserSettings
 from kveraser.training.batches import batches, tokenized
-from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
+from kveraser.training.cases import CaseSizes
+from kveraser.training.span_neighbor import span_neighbor_cases
 from tests.tiny import attach_random_eraser, tiny_backbone
 
 SMALL = BenchSettings(cases=3, cases_per_batch=3, shape_multiple=64, context=(40, 50), span=(10, 12), repeats=2)
@@ -30,7 +31,7 @@ def test_both_loops_take_the_same_gradients() -> None:
     backbone, settings = tiny_backbone(), EraserSettings("closed", 4)
     for parameter in attach_random_eraser(backbone, settings=settings).parameters().values():
         parameter.requires_grad_(True)
-    made = span_neighbor_cases(passages(1), 3, 1, SpanNeighborSettings(SMALL.context, SMALL.span))
+    made = span_neighbor_cases(passages(1), 3, 1, CaseSizes(SMALL.context, SMALL.span))
     cases = list(tokenized(backbone, made))
     # Two of one shape, with as many queries as there are, and fewer.
     cases.append(replace(cases[0], id="again", queries=cases[0].queries[1:], kinds=cases[0].kinds[1:]))

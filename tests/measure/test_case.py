@@ -81,7 +81,7 @@ def test_a_training_case_is_cut_as_training_cuts_it(backbone: Backbone, plain_ba
     case = Case("t/1", "needle", CONTEXT, (start, start + len(SPAN)), QUERIES)
     cell = Cell("heldout", "needle", 120, 20)
     for one in (backbone, plain_backbone):
-        expected, made = tokenize(one, case), from_training_case(case, cell)
+        expected, made = tokenize(one.tokenizer, case), from_training_case(case, cell)
         assert (made.id, made.cell, made.queries) == ("t/1", cell, QUERIES)
         context = tokenize_context(one.tokenizer, made.context)
         cut = tokenize_case(one.tokenizer, context, made)

@@ -214,7 +214,7 @@ def test_a_build_that_made_nothing_yet_blocks_no_other(tmp_path: Path) -> None:
         target.unlink()
     with pytest.raises(KeyboardInterrupt):
         build_cases(target, PASSAGES, settings, progress=interrupt)
-    with pytest.raises(InputError, match=r"an interrupted build .* was of other context"):
+    with pytest.raises(InputError, match=r"an interrupted build .* has other context"):
         build_cases(target, PASSAGES, BuildSettings(cases=3, context=(20, 41), span=(4, 8)))
     assert build_cases(target, PASSAGES, settings) == 1
 

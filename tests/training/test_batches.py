@@ -89,7 +89,7 @@ def test_a_part_is_cut_to_its_multiple_and_loses_no_more_than_a_third(length: in
 def test_cases_are_cut_behind_the_template_s_opening(backbone: Backbone) -> None:
     text = " ".join(f"word{number}" for number in range(60))
     source = Case("one", "test", text, (203, 260), (Query("What?", "Nothing at all."),))
-    whole = tokenize(backbone, source)
+    whole = tokenize(backbone.tokenizer, source)
     (uncut,) = tokenized(backbone, [source])
     assert uncut == whole
     (cut,) = tokenized(backbone, [source], shape_multiple=8)

@@ -12,8 +12,9 @@ import pytest
 from kveraser.errors import InputError
 from kveraser.measure.questions import Query
 from kveraser.training.build import BuildSettings, Stage, build_cases, statistics_of
-from kveraser.training.cases import Case, read_cases, write_cases
+from kveraser.training.cases import Case, read_cases
 from kveraser.training.split import split_passages
+from tests.training.case_files import write_cases
 
 NOUNS = ("harbour", "ledger", "orchard", "lantern", "viaduct", "granary", "ferry", "quarry")
 PASSAGES = [
@@ -176,7 +177,7 @@ def test_a_full_disk_keeps_what_was_built(tmp_path: Path, monkeypatch: pytest.Mo
         return original(case)
 
     monkeypatch.setattr(Case, "to_json", full)
-    with pytest.raises(InputError, match=r"No space left.*goes on where it stopped"):
+    with pytest.raises(InputError, match=r"No space left.*continues from the last case"):
         build_cases(tmp_path / "cases.jsonl", PASSAGES, SMALL)
     assert build_cases(tmp_path / "cases.jsonl", PASSAGES, SMALL) == 3
     assert list(read_cases(tmp_path / "cases.jsonl")) == whole

@@ -21,13 +21,14 @@ from kveraser.steering.eraser import Eraser, EraserSettings
 from kveraser.steering.layouts import SLOT_EMBEDDINGS
 from kveraser.training import loop
 from kveraser.training import prepared as prepared_module
-from kveraser.training.cases import Case, read_cases, tokenize, write_cases
+from kveraser.training.cases import Case, read_cases, tokenize
 from kveraser.training.checkpoint import TrainingError
 from kveraser.training.distill import edited_log_probabilities, prepare, token_kl
 from kveraser.training.log import CURVES, LOG, Progress
 from kveraser.training.loop import train
 from kveraser.training.recipe import Recipe, load_recipe
 from tests.tiny import tiny_backbone
+from tests.training.case_files import write_cases
 
 Make = Callable[..., Recipe]
 
@@ -92,7 +93,7 @@ def test_the_eraser_with_the_lowest_held_out_kl_is_kept(make: Make) -> None:
     assert seen[-1].fidelity is not None and seen[-1].seconds_left == 0
     backbone = tiny_backbone()
     backbone.load_eraser(best)
-    held_out = [prepare(backbone, [tokenize(backbone, case)]) for case in list(read_cases(recipe.data))[-4:]]
+    held_out = [prepare(backbone, [tokenize(backbone.tokenizer, case)]) for case in list(read_cases(recipe.data))[-4:]]
     with torch.no_grad():
         sums = [
             token_kl(one.teacher, edited_log_probabilities(backbone, one, EraserSettings())).sum() for one in held_out
@@ -335,7 +336,7 @@ def test_no_harm_is_the_kl_of_its_queries_alone(make: Make, cases: str, tmp_path
         parameter.data.copy_(last[name])
     sums, tokens = 0.0, 0
     for case in list(read_cases(cases))[-4:]:
-        batch = prepare(backbone, [tokenize(backbone, case)])
+        batch = prepare(backbone, [tokenize(backbone.tokenizer, case)])
         with torch.no_grad():
             kl = token_kl(batch.teacher, edited_log_probabilities(backbone, batch, EraserSettings()))
         before, answer = (len(answer) for _, answer in batch.cases[0].queries)

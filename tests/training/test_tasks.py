@@ -14,9 +14,9 @@ import pytest
 from kveraser.errors import InputError
 from kveraser.measure.questions import normalized
 from kveraser.model.backbone import Backbone
-from kveraser.training.cases import Case, tokenize
+from kveraser.training.cases import Case, CaseSizes, tokenize
 from kveraser.training.split import Split, split_passages
-from kveraser.training.tasks import TASKS, TaskSettings, task_cases
+from kveraser.training.tasks import TASKS, task_cases
 from kveraser.training.tasks.passages import Passages
 from kveraser.training.tasks.tables import ENTITIES, SCENES, Scene, load_tables
 
@@ -31,7 +31,7 @@ PASSAGES = [
     f"sea, where a friend kept a small inn. Visitors still ask for room {number}."
     for number, name in enumerate(NAMES * 4)
 ]
-SMALL = TaskSettings(context=(130, 200), span=(8, 120))
+SMALL = CaseSizes(context=(130, 200), span=(8, 120))
 
 
 def cases(tasks: tuple[str, ...] = tuple(TASKS), count: int = 90, split: Split = "train", seed: int = 3) -> list[Case]:
@@ -102,15 +102,13 @@ def shape(template: str) -> re.Pattern[str]:
 
 @pytest.mark.parametrize("size", [40, 200, 800])
 def test_the_span_has_the_length_that_was_asked_for(size: int) -> None:
-    settings = TaskSettings(context=(150, 220), span=(size, size))
+    settings = CaseSizes(context=(150, 220), span=(size, size))
     for case in task_cases(tuple(TASKS), PASSAGES, 30, 1, settings):
         assert len(parts(case)[0].split()) == pytest.approx(size, rel=0.1)
 
 
 def test_short_spans_are_as_long_as_their_statement() -> None:
-    sizes = [
-        len(parts(case)[0].split()) for case in task_cases(tuple(TASKS), PASSAGES, 60, 1, TaskSettings(span=(4, 24)))
-    ]
+    sizes = [len(parts(case)[0].split()) for case in task_cases(tuple(TASKS), PASSAGES, 60, 1, CaseSizes(span=(4, 24)))]
     assert min(sizes) <= 9 and max(sizes) <= 26
 
 
@@ -208,25 +206,23 @@ def test_facts_are_read_from_passages() -> None:
 def test_cases_become_tokens(backbone: Backbone, plain_backbone: Backbone) -> None:
     for model in (backbone, plain_backbone):
         for case in cases(count=6):
-            cut = tokenize(model, case)
+            cut = tokenize(model.tokenizer, case)
             assert parts(case)[0].strip() in model.tokenizer.decode(cut.span)
-            assert len(cut.queries) == len(cut.kinds) == len(cut.accepted) == len(cut.wrong) == len(case.queries)
+            assert len(cut.queries) == len(cut.kinds) == len(case.queries)
 
 
 @pytest.mark.parametrize(
-    ("tasks", "passages", "settings", "said"),
+    ("tasks", "passages", "sizes", "said"),
     [
-        (("needle", "nedle"), PASSAGES, SMALL, "no task nedle"),
-        ((), PASSAGES, SMALL, "no task given"),
+        (("needle", "nedle"), PASSAGES, SMALL, "no task .nedle."),
+        ((), PASSAGES, SMALL, "no task is named"),
         (("needle",), PASSAGES[:6], SMALL, "passages in the train split"),
-        (("needle",), PASSAGES[:30], TaskSettings(span=(8, 9000)), "takes up to 9360"),
-        (("needle",), PASSAGES, TaskSettings(context=(40, 60)), "context is 40 to 60"),
-        (("needle",), PASSAGES, TaskSettings(span=(90, 30)), "span is 90 to 30"),
+        (("needle",), PASSAGES[:30], CaseSizes(span=(8, 9000)), "takes up to 9360"),
+        (("needle",), PASSAGES, CaseSizes(context=(40, 60)), "context is 40 to 60"),
+        (("needle",), PASSAGES, CaseSizes(span=(90, 30)), "span is 90 to 30"),
         (("facts",), [text.replace("born", "famous") for text in PASSAGES], SMALL, "facts of one kind"),
     ],
 )
-def test_what_is_missing_is_named(
-    tasks: tuple[str, ...], passages: list[str], settings: TaskSettings, said: str
-) -> None:
+def test_what_is_missing_is_named(tasks: tuple[str, ...], passages: list[str], sizes: CaseSizes, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        list(task_cases(tasks, passages, 2, 0, settings))
+        list(task_cases(tasks, passages, 2, 0, sizes))

@@ -13,27 +13,28 @@ from kveraser.measure.questions import CONTINUED_TOKENS, Query, normalized
 from kveraser.model.backbone import Backbone
 from kveraser.session.session import Session
 from kveraser.text.spans import Characters
-from kveraser.training.cases import Case, read_cases, tokenize, write_cases
+from kveraser.training.cases import Case, CaseSizes, read_cases, tokenize
 from kveraser.training.corpus import read_passages
-from kveraser.training.span_neighbor import FOLLOWS, PRECEDES, SpanNeighborSettings, span_neighbor_cases
+from kveraser.training.span_neighbor import FOLLOWS, PRECEDES, span_neighbor_cases
 from kveraser.training.split import split_passages
+from tests.training.case_files import write_cases
 
 PASSAGES = [" ".join(f"{name}{index}" for index in range(90)) for name in ("elm", "fir", "larch", "oak", "pine")]
 """All in the train split."""
 HELD_OUT = [" ".join(f"{name}{index}" for index in range(90)) for name in ("ash", "birch", "cedar")]
 """All held out."""
-SMALL = SpanNeighborSettings(context=(60, 90), span=(4, 40))
+SMALL = CaseSizes(context=(60, 90), span=(4, 40))
 
 
 def test_the_same_seed_gives_the_same_cases_and_another_one_others() -> None:
-    first = list(span_neighbor_cases(PASSAGES, 6, seed=1, settings=SMALL))
-    assert first == list(span_neighbor_cases(PASSAGES, 6, seed=1, settings=SMALL))
-    assert first[:3] == list(span_neighbor_cases(PASSAGES, 3, seed=1, settings=SMALL))
-    assert first != list(span_neighbor_cases(PASSAGES, 6, seed=2, settings=SMALL))
+    first = list(span_neighbor_cases(PASSAGES, 6, seed=1, sizes=SMALL))
+    assert first == list(span_neighbor_cases(PASSAGES, 6, seed=1, sizes=SMALL))
+    assert first[:3] == list(span_neighbor_cases(PASSAGES, 3, seed=1, sizes=SMALL))
+    assert first != list(span_neighbor_cases(PASSAGES, 6, seed=2, sizes=SMALL))
 
 
 def test_the_targets_are_the_words_around_the_seam() -> None:
-    for case in span_neighbor_cases(PASSAGES, 20, seed=3, settings=SMALL):
+    for case in span_neighbor_cases(PASSAGES, 20, seed=3, sizes=SMALL):
         start, end = case.span
         before, span, after = case.context[:start], case.context[start:end].strip(), case.context[end:].strip()
         follows, precedes, inside, continuation = case.queries
@@ -70,7 +71,7 @@ def test_a_corpus_that_is_too_short_is_refused() -> None:
     with pytest.raises(InputError, match="1 passages"):
         next(iter(span_neighbor_cases(PASSAGES[:1], 1, 0, SMALL)))
     with pytest.raises(InputError, match="180 words"):
-        next(iter(span_neighbor_cases(PASSAGES[:2], 1, 0, SpanNeighborSettings(span=(8, 500)))))
+        next(iter(span_neighbor_cases(PASSAGES[:2], 1, 0, CaseSizes(span=(8, 500)))))
 
 
 def test_tokens_are_cut_as_a_session_cuts_them(backbone: Backbone, plain_backbone: Backbone) -> None:
@@ -79,54 +80,35 @@ def test_tokens_are_cut_as_a_session_cuts_them(backbone: Backbone, plain_backbon
     for model in (backbone, plain_backbone):
         session = Session(model, text=case.context)
         span = session.find(Characters(*case.span))[0][0]
-        cut = tokenize(model, case)
+        cut = tokenize(model.tokenizer, case)
         assert [*cut.prefix, *cut.span, *cut.suffix] == session.transcript.tokens
         assert (len(cut.prefix), len(cut.prefix) + len(cut.span)) == (span.start, span.end)
         assert cut.tokens == len(session.transcript.tokens)
         assert model.tokenizer.decode(cut.queries[0][1]) == "on the ship"
         assert "Who?" in model.tokenizer.decode(cut.queries[0][0])
-        assert (cut.kinds, cut.accepted, cut.wrong) == (("no_harm", "leak"), ((), ("wind",)), ((), ("sea", "tide")))
+        assert cut.kinds == ("no_harm", "leak")
 
 
 def test_a_continuation_gives_its_first_tokens_and_asks_for_the_rest(backbone: Backbone) -> None:
     case = Case("c", "t", "The ship sails on.", (4, 8), (Query(None, " and the crew sings"),))
-    prompt, answer = tokenize(backbone, case).queries[0]
+    prompt, answer = tokenize(backbone.tokenizer, case).queries[0]
     assert len(prompt) == CONTINUED_TOKENS
     assert backbone.tokenizer.decode([*prompt, *answer]) == " and the crew sings"
 
 
 def test_an_answer_without_tokens_or_a_span_outside_is_refused(backbone: Backbone) -> None:
     with pytest.raises(InputError, match="no tokens"):
-        tokenize(backbone, Case("c", "t", "The ship sails on.", (4, 8), (Query("Who?", ""),)))
+        tokenize(backbone.tokenizer, Case("c", "t", "The ship sails on.", (4, 8), (Query("Who?", ""),)))
     with pytest.raises(SpanError, match="outside"):
-        tokenize(backbone, Case("c", "t", "The ship sails on.", (4, 80), (Query("Who?", "x"),)))
+        tokenize(backbone.tokenizer, Case("c", "t", "The ship sails on.", (4, 80), (Query("Who?", "x"),)))
 
 
 def test_case_files_come_back_as_they_were(tmp_path: Path) -> None:
-    cases = list(span_neighbor_cases(PASSAGES, 5, seed=1, settings=SMALL))
-    path = tmp_path / "new" / "cases.jsonl"
-    assert write_cases(path, cases) == 5
-    scored = Case("c", "t", "The ship sails on.", (4, 8), (Query("Who?", "she", "leak", ("she", "a"), ("he",)),))
-    assert write_cases(path, [*cases, scored]) == 6
-    assert list(read_cases(path)) == [*cases, scored]
-    assert [file.name for file in path.parent.iterdir()] == ["cases.jsonl"]
-
-
-def test_an_interrupted_write_leaves_the_earlier_file(tmp_path: Path) -> None:
+    cases = list(span_neighbor_cases(PASSAGES, 5, seed=1, sizes=SMALL))
     path = tmp_path / "cases.jsonl"
-    cases = list(span_neighbor_cases(PASSAGES, 2, seed=1, settings=SMALL))
-    write_cases(path, cases)
-
-    def interrupted() -> object:
-        yield cases[0]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_cases(path, interrupted())  # type: ignore[arg-type]
-    assert list(read_cases(path)) == cases
-    assert [file.name for file in tmp_path.iterdir()] == ["cases.jsonl"]
-    with pytest.raises(InputError, match="can't write"):
-        write_cases(path / "below" / "a" / "file", cases)
+    scored = Case("c", "t", "The ship sails on.", (4, 8), (Query("Who?", "she", "leak", ("she", "a"), ("he",)),))
+    write_cases(path, [*cases, scored])
+    assert list(read_cases(path)) == [*cases, scored]
 
 
 def test_answers_are_compared_as_squad_does() -> None:
@@ -145,7 +127,7 @@ def test_answers_are_compared_as_squad_does() -> None:
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "cases.jsonl"
-    write_cases(path, span_neighbor_cases(PASSAGES, 2, seed=1, settings=SMALL))
+    write_cases(path, span_neighbor_cases(PASSAGES, 2, seed=1, sizes=SMALL))
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InputError, match="line 3"):
         list(read_cases(path))

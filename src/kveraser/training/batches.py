@@ -1,6 +1,6 @@
-"""Which cases a step takes, and which of them run together: functions of the recipe and the step alone.
+"""Choose the cases of each step and group them into batches.
 
-So a resumed run sees the same cases, and so do several processes without asking each other.
+Both depend on recipe and step only, so resumed runs and parallel processes see the same cases without communication.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from kveraser.training.distill import Shape, context, shape
 
 
 def tokenized(backbone: Backbone, cases: Iterable[Case], shape_multiple: int = 1) -> Iterator[TokenizedCase]:
-    """Cases as tokens, cut to common shapes where `shape_multiple` is over 1 (see `trimmed`).
+    """Tokenize cases, and cut them to common shapes if `shape_multiple` is above 1 (see `trimmed`).
 
     Raises:
         InputError, SpanError: as `tokenize`.
         ContextLengthError: a case is longer than the backbone allows.
     """
-    # The text that every context opens with is not cut.
+    # The opening of the chat template is not cut.
     templated = chat.has_template(backbone.tokenizer)
     frame = chat.first_turn_frame(backbone.tokenizer).opening if templated else ""
     opening = len(backbone.tokenize(frame, special=not templated)[0]) if shape_multiple > 1 else 0
-    # A number of its own for every token of a large case file would take gigabytes.
+    # One int object per distinct token: one per token of a large case file would take gigabytes.
     numbers: dict[int, int] = {}
 
     def shared(tokens: Iterable[int]) -> tuple[int, ...]:
         return tuple(numbers.setdefault(token, token) for token in tokens)
 
     for text in cases:
-        case = trimmed(tokenize(backbone, text), shape_multiple, opening)
+        case = trimmed(tokenize(backbone.tokenizer, text), shape_multiple, opening)
         backbone.check_room(0, case.tokens + max(len(prompt) + len(answer) for prompt, answer in case.queries))
         yield replace(case, prefix=shared(case.prefix), span=shared(case.span), suffix=shared(case.suffix))
 
 
 def trimmed(case: TokenizedCase, multiple: int, opening: int) -> TokenizedCase:
-    """Cut a case so that many share a shape, since only these run together.
+    """Cut a case so that more cases have the same shape, because only these run in one batch.
 
-    Each part's length becomes a multiple of `multiple`, or, so that no part loses over a third, of the largest power
-    of two that goes twice into it. The prefix is cut behind its first `opening` tokens, span and suffix at their
-    ends: exact reference and edited cache read the same tokens, so the objective means what it meant.
+    The length of each part becomes a multiple of `multiple`, or of the largest power of two that is at most half the
+    length, so that no part loses more than a third. The prefix is cut after its first `opening` tokens, span and suffix
+    at their ends. Exact reference and edited cache read the same tokens, so the objective is the same.
     """
 
     def kept(length: int) -> int:
@@ -61,7 +61,7 @@ def trimmed(case: TokenizedCase, multiple: int, opening: int) -> TokenizedCase:
 
 
 class Order:
-    """The cases of every step: an epoch is a shuffle in which cases that can share work stand together."""
+    """The cases of every step. An epoch is a shuffle that keeps cases with a common context or shape together."""
 
     def __init__(self, cases: Sequence[TokenizedCase], seed: int, cases_per_step: int, cases_per_batch: int) -> None:
         self.cases, self.seed = cases, seed
@@ -79,7 +79,7 @@ class Order:
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def cases_of(self, step: int) -> list[TokenizedCase]:
-        """The cases of a step, counted from 0."""
+        """Return the cases of a step; steps count from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = epoch, self._shuffled(random.Random(f"{self.seed}/{epoch}"))
@@ -91,7 +91,7 @@ class Order:
         loose: list[int] = []
         for group in self._same_shape:
             *whole, rest = _cut(rng.sample(group, len(group)), self.cases_per_batch)
-            # Remainders are joined to pieces of the same size, so that whole batches stay within a step.
+            # Remainders are joined to pieces of batch size, so that a full batch never crosses a step.
             pieces += [*whole, rest] if len(rest) == self.cases_per_batch else whole
             loose += [] if len(rest) == self.cases_per_batch else rest
         rng.shuffle(loose)
@@ -103,7 +103,7 @@ class Order:
 
 
 def batches(cases: Sequence[TokenizedCase], size: int) -> list[list[int]]:
-    """Places of `cases` in lists of one shape and at most `size`, each in the order of its first case."""
+    """Group the indices of `cases` into batches of one shape and at most `size` cases, in order of the first case."""
     groups: dict[Shape, list[int]] = defaultdict(list)
     for place, case in enumerate(cases):
         groups[shape(case)].append(place)

@@ -1,13 +1,14 @@
-"""Building a case file: seeded, resumable, and counted once it is whole.
+"""Build a case file: seeded, resumable, and counted when it is complete.
 
-While a file is built, its cases stand in a partial file beside it, one a line, and what they are made of in another. A
-case hangs on the seed and its number alone, so an interrupted build goes on after the last whole line.
+Cases are appended to a partial file beside the target, whose settings are in another. A case depends on seed and index
+only, so an interrupted build continues after the last complete line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -19,30 +20,29 @@ from kveraser import __version__
 from kveraser.errors import InputError
 from kveraser.files import replacing
 from kveraser.measure.questions import QueryKind
-from kveraser.training.arrow import write_arrow
-from kveraser.training.cases import Case, read_cases, tokenize_with
-from kveraser.training.span_neighbor import SpanNeighborSettings, span_neighbor_cases
+from kveraser.training.cases import Case, CaseSizes, arrow_from_jsonl, tokenize
+from kveraser.training.span_neighbor import span_neighbor_cases
 from kveraser.training.split import Split
-from kveraser.training.tasks import TASKS, TaskSettings, task_cases
+from kveraser.training.tasks import TASKS, check_tasks, task_cases
 
 Stage = Literal["1", "2", "both"]
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction done."""
+"""Called with a description of the step and the fraction done."""
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What decides which cases are built, beside the passages.
+    """Settings that, with the passages, determine the cases.
 
     Attributes:
-        stage: `1` inserts unrelated text, `2` are the tasks in turn, `both` takes one of each in turn.
+        stage: `1` inserts unrelated text, `2` cycles through the tasks, `both` alternates between the two.
         tasks: names in `TASKS`, for stage 2.
-        split: whose passages, entities and phrasings are used.
-        cases: how many.
+        split: split of passages, entities and phrasings.
+        cases: number of cases.
         context: shortest and longest context without the span, in words.
         span: shortest and longest span, in words.
-        seed: the same seed gives the same cases.
+        seed: of all random choices.
     """
 
     stage: Stage = "1"
@@ -56,7 +56,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class TaskCount:
-    """Cases of one task, and their queries by kind."""
+    """Number of cases of one task, and of their queries by kind."""
 
     task: str
     cases: int
@@ -67,9 +67,9 @@ class TaskCount:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long something is over all cases: context with span, span, answers of a case together.
+    """Distribution of a length over all cases: of contexts, spans, or all answers of a case.
 
-    Nine in ten cases are no longer than `nine_in_ten`.
+    `nine_in_ten` is the 90th percentile.
     """
 
     what: str
@@ -81,12 +81,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a case file holds.
+    """Statistics of a case file.
 
     Attributes:
-        cases: in all.
-        duplicates: cases whose context and span an earlier one has.
-        tasks, sizes: a row each.
+        cases: number of cases.
+        duplicates: cases with the context and span of an earlier one.
+        tasks, sizes: one row per task and per length.
     """
 
     cases: int
@@ -102,17 +102,17 @@ def build_cases(
     resume: bool = True,
     progress: Progress | None = None,
 ) -> int:
-    """Build a case file: Arrow when its name ends in `.arrow`, else JSON lines.
+    """Build a case file: Arrow if its name ends in `.arrow`, else JSON Lines.
 
     Args:
-        resume: go on from the partial file of an interrupted build, if there is one.
+        resume: continue the partial file of an interrupted build, if there is one.
 
     Returns:
-        How many of the cases an earlier, interrupted build had made.
+        Number of cases that the interrupted build had written.
 
     Raises:
-        InputError: settings that can't be met, a partial file of other settings, or a full disk. An earlier file stays,
-            and so does the partial file.
+        InputError: impossible settings, a partial file of other settings, or a full disk. An earlier file and the
+            partial file are kept.
     """
     check_settings(settings)
     progress = progress or (lambda step, fraction: None)
@@ -130,20 +130,20 @@ def build_cases(
                     file.write(case.to_json() + "\n")
                     progress(f"{number} of {settings.cases} cases", number / settings.cases)
         except InputError:
-            # What these settings can't make is never gone on with, and must not stand in the way of better ones.
+            # These settings can't be met, so the partial file must not block a build with others.
             partial.unlink(missing_ok=True)
             _sidecar(partial).unlink(missing_ok=True)
             raise
         if target.suffix == ".arrow":
             with replacing(target) as arrow:
-                write_arrow(arrow, map(asdict, read_cases(partial)))
+                arrow_from_jsonl(partial, arrow)
             partial.unlink()
         else:
             partial.replace(target)
     except OSError as error:
         raise InputError(
-            f"can't write cases to {target} ({error}): free space and run it again, or choose another place; "
-            "it goes on where it stopped"
+            f"can't write cases to {target} ({error}): free space and run the command again, or choose another path; "
+            "it continues from the last case"
         ) from error
     with suppress(OSError):
         _sidecar(partial).unlink()
@@ -151,29 +151,27 @@ def build_cases(
 
 
 def check_settings(settings: BuildSettings) -> None:
-    """Refuse settings that no corpus can meet.
+    """Check the settings that do not depend on the corpus.
 
     Raises:
-        InputError: naming the setting.
+        InputError: the message names the invalid setting.
     """
     for name, (shortest, longest) in {"context": settings.context, "span": settings.span}.items():
         if not 1 <= shortest <= longest:
-            raise InputError(f"{name} is {shortest} {longest}: give the shortest, then the longest, from 1 on")
+            raise InputError(f"{name} is {shortest} {longest}: give the shortest, then the longest, both at least 1")
     for name, value, known in (("stage", settings.stage, Stage), ("split", settings.split, Split)):
         if value not in get_args(known):
             raise InputError(f"{name} is {value!r}: choose one of {', '.join(get_args(known))}")
-    unknown = [task for task in settings.tasks if task not in TASKS]
-    if unknown or not settings.tasks:
-        raise InputError(f"no task {', '.join(map(repr, unknown)) or 'is named'}: choose among {', '.join(TASKS)}")
+    check_tasks(settings.tasks)
     if settings.cases < 1:
         raise InputError(f"cases is {settings.cases}: build at least 1")
 
 
 def statistics_of(cases: Iterable[Case], tokenizer: Any = None) -> Statistics:
-    """Count cases: tasks, query kinds, sizes in words, with a tokenizer also in tokens, and duplicates.
+    """Count tasks, query kinds, duplicates, and lengths in words; with a tokenizer also in tokens.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no cases.
     """
     tasks: Counter[str] = Counter()
     kinds: Counter[tuple[str, QueryKind]] = Counter()
@@ -191,10 +189,10 @@ def statistics_of(cases: Iterable[Case], tokenizer: Any = None) -> Statistics:
             "answers, words": sum(len(query.answer.split()) for query in case.queries),
         }
         if tokenizer is not None:
-            cut = tokenize_with(tokenizer, case)
-            measured["context, tokens"] = cut.tokens
-            measured["span, tokens"] = len(cut.span)
-            measured["answers, tokens"] = sum(len(answer) for _, answer in cut.queries)
+            tokenized = tokenize(tokenizer, case)
+            measured["context, tokens"] = tokenized.tokens
+            measured["span, tokens"] = len(tokenized.span)
+            measured["answers, tokens"] = sum(len(answer) for _, answer in tokenized.queries)
         for what, size in measured.items():
             sizes.setdefault(what, []).append(size)
     if not count:
@@ -208,29 +206,24 @@ def statistics_of(cases: Iterable[Case], tokenizer: Any = None) -> Statistics:
 
 
 def _generate(passages: Sequence[str], settings: BuildSettings, first: int = 0) -> Iterator[Case]:
-    """Cases `first` to the last; of both stages, even ones are of stage 1, odd ones of stage 2."""
+    """Generate cases from `first` on; with both stages, even ones are of stage 1 and odd ones of stage 2."""
     seed, split = settings.seed, settings.split
-    sizes = {"context": settings.context, "span": settings.span}
-    # Two generators in turn have each made half of the cases.
+    sizes = CaseSizes(settings.context, settings.span)
+    # With both stages, each generator has made half of the first cases.
     each = 2 if settings.stage == "both" else 1
-    neighbors = span_neighbor_cases(
-        passages, settings.cases, seed, SpanNeighborSettings(**sizes), split, first=-(-first // each)
-    )
-    tasks = task_cases(
-        settings.tasks, passages, settings.cases, seed, TaskSettings(**sizes), split, first=first // each
-    )
+    neighbors = span_neighbor_cases(passages, settings.cases, seed, sizes, split, first=-(-first // each))
+    tasks = task_cases(settings.tasks, passages, settings.cases, seed, sizes, split, first=first // each)
     for number in range(first, settings.cases):
         yield next(tasks if settings.stage == "2" or (settings.stage == "both" and number % 2) else neighbors)
 
 
 def _resumed(target: Path, partial: Path, made_of: dict[str, Any]) -> int:
-    """Cut the partial file after its last whole line and return how many it has."""
+    """Cut the partial file after its last complete line and return its number of cases."""
     if not partial.is_file():
         return 0
-    with partial.open("rb") as file:
-        if not file.readline().endswith(b"\n"):
-            # Interrupted before its first case, it is a build of nothing.
-            return 0
+    whole, newline, _ = partial.read_bytes().rpartition(b"\n")
+    if not newline:
+        return 0
     try:
         found = json.loads(_sidecar(partial).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -240,16 +233,11 @@ def _resumed(target: Path, partial: Path, made_of: dict[str, Any]) -> int:
     if differing:
         name = differing[0]
         raise InputError(
-            f"an interrupted build of {target} was of other {name} ({found.get(name)!r}, not {wanted[name]!r}): "
-            "start anew with --no-resume, or give it the same settings and corpus"
+            f"an interrupted build of {target} has other {name} ({found.get(name)!r}, not {wanted[name]!r}): "
+            "start again with --no-resume, or give the same settings and corpus"
         )
-    lines = length = 0
-    with partial.open("rb+") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                lines, length = lines + 1, length + len(line)
-        file.truncate(length)
-    return lines
+    os.truncate(partial, len(whole) + 1)
+    return whole.count(b"\n") + 1
 
 
 def _sidecar(partial: Path) -> Path:

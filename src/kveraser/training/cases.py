@@ -1,20 +1,20 @@
-"""Training cases: a context with a span to erase, and questions with the answers that are forced on both caches."""
+"""Training cases: a context with a span to erase, and questions with reference answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from kveraser.errors import InputError
-from kveraser.files import replacing
+from kveraser.measure.case import tokenize_context
 from kveraser.measure.questions import Query, QueryKind
-from kveraser.model.backbone import Backbone
-from kveraser.text import chat
-from kveraser.text.spans import Span, Transcript
-from kveraser.training.arrow import read_arrow
+
+ROWS_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,37 @@ class Case:
     queries: tuple[Query, ...]
 
     def to_json(self) -> str:
-        """One line of a case file."""
+        """The case as one line of a case file."""
         return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def _with_span_inside(case: Case) -> Case:
+    if not 0 <= case.span[0] < case.span[1] <= len(case.context):
+        raise ValueError(f"the span {list(case.span)} is outside the context")
+    return case
+
+
+_CASE = TypeAdapter(Annotated[Case, AfterValidator(_with_span_inside)])
+
+
+@dataclass(frozen=True)
+class CaseSizes:
+    """Sizes of generated cases in words; a word of English is about 1.3 tokens.
+
+    Attributes:
+        context: shortest and longest context without the span.
+        span: shortest and longest span. Lengths are log-uniform; a span is never shorter than the statement it holds.
+    """
+
+    context: tuple[int, int] = (120, 360)
+    span: tuple[int, int] = (8, 760)
 
 
 @dataclass(frozen=True)
 class TokenizedCase:
-    """A case as tokens: prefix, span and suffix are cut out of one tokenization, as an erase sees them.
+    """A case as token ids: prefix, span and suffix are slices of one tokenization of the context.
 
-    `queries` are `(prompt, answer)` token ids; `kinds`, and `accepted` and `wrong` unless empty, are one a query.
+    `queries` are pairs of prompt and answer; `kinds` holds the kind of each.
     """
 
     id: str
@@ -46,80 +68,66 @@ class TokenizedCase:
     suffix: tuple[int, ...]
     queries: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     kinds: tuple[QueryKind, ...]
-    accepted: tuple[tuple[str, ...], ...] = ()
-    wrong: tuple[tuple[str, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Tokens of the context."""
+        """Number of tokens of the context."""
         return len(self.prefix) + len(self.span) + len(self.suffix)
 
 
-def tokenize(backbone: Backbone, case: Case) -> TokenizedCase:
-    """Cut a case into tokens exactly as `Session` does: see `tokenize_with`."""
-    return tokenize_with(backbone.tokenizer, case)
-
-
-def tokenize_with(tokenizer: Any, case: Case) -> TokenizedCase:
-    """Cut a case into tokens, without a model: one tokenization, the span snapped outwards.
+def tokenize(tokenizer: Any, case: Case) -> TokenizedCase:
+    """Tokenize a case as `Session` does; the span is widened to whole tokens.
 
     Raises:
         InputError: an answer without tokens.
-        SpanError: the span lies outside the context, or is all of it.
+        SpanError: the span is outside the context, or covers all of it.
     """
-    templated = chat.has_template(tokenizer)
-    read = chat.document(tokenizer, case.context)
-    transcript = Transcript()
-    transcript.append(read.text, read.tokens, read.offsets)
-    span: Span = transcript.snap(read.body_start + case.span[0], read.body_start + case.span[1])
-    tokens = transcript.tokens
+    context = tokenize_context(tokenizer, case.context)
+    tokens, start = context.tokens, context.transcript.body_start
+    span = context.transcript.snap(start + case.span[0], start + case.span[1])
     return TokenizedCase(
         id=case.id,
         task=case.task,
         prefix=tuple(tokens[: span.start]),
         span=tuple(tokens[span.start : span.end]),
         suffix=tuple(tokens[span.end :]),
-        queries=tuple(query.tokens(tokenizer, templated, case.id) for query in case.queries),
+        queries=tuple(query.tokens(tokenizer, context.turn_open, case.id) for query in case.queries),
         kinds=tuple(query.kind for query in case.queries),
-        accepted=tuple(query.accepted for query in case.queries),
-        wrong=tuple(query.wrong for query in case.queries),
     )
 
 
-def write_cases(path: str | Path, cases: Iterable[Case]) -> int:
-    """Write a case file, a JSON object a line, by temporary name and atomic rename. Returns the number of cases.
-
-    Raises:
-        InputError: it can't be written; an earlier file stays.
-    """
-    target = Path(path)
-    written = 0
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for case in cases:
-                file.write(case.to_json() + "\n")
-                written += 1
-    except OSError as error:
-        raise InputError(f"can't write cases to {target} ({error}): free space or choose another place") from error
-    return written
-
-
 def read_cases(path: str | Path) -> Iterator[Case]:
-    """The cases of a file: JSON lines, or Arrow (`.arrow`, or a folder of such files, as `datasets` writes it).
+    """Read the cases of a JSON Lines file, an `.arrow` file, or a folder of `.arrow` files as `datasets` writes them.
 
     Raises:
-        InputError: the file is missing, or a line is malformed (its number is named).
+        InputError: the file is missing or unreadable, or a row is malformed; the message gives its number.
     """
     source = Path(path)
     arrow = source.suffix == ".arrow" or source.is_dir()
-    rows: Iterator[Any] = read_arrow(source) if arrow else _lines(source)
+    rows: Iterator[Any] = _arrow_rows(source) if arrow else _lines(source)
+    validate: Callable[[Any], Case] = _CASE.validate_python if arrow else _CASE.validate_json
     for number, row in enumerate(rows, start=1):
         try:
-            case = _case(row if arrow else json.loads(row))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{source}, line {number} is not a case ({error!r}): build the file again") from error
+            case = validate(row)
+        except ValidationError as error:
+            raise InputError(
+                f"{source}, line {number} is not a case ({error.errors()[0]['msg']}): build the file again"
+            ) from error
         yield case
+
+
+def arrow_from_jsonl(source: Path, target: Path) -> None:
+    """Convert a JSON Lines case file to Arrow's stream format, which `datasets.Dataset.from_file` memory-maps.
+
+    Raises:
+        InputError: pyarrow is not installed.
+        OSError: the target can't be written.
+    """
+    pa = _pyarrow(target)
+    # A line must fit into a block.
+    table = pa.json.read_json(str(source), pa.json.ReadOptions(block_size=1 << 26))
+    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table, max_chunksize=ROWS_PER_BATCH)
 
 
 def _lines(source: Path) -> Iterator[bytes]:
@@ -132,20 +140,26 @@ def _lines(source: Path) -> Iterator[bytes]:
         ) from error
 
 
-def _case(fields: dict[str, Any]) -> Case:
-    start, end = fields["span"]
-    if not 0 <= start < end <= len(fields["context"]):
-        raise ValueError(f"the span [{start}, {end}) lies outside the context")
-    return Case(
-        id=fields["id"],
-        task=fields["task"],
-        context=fields["context"],
-        span=(start, end),
-        queries=tuple(_query(query) for query in fields["queries"]),
-    )
+def _arrow_rows(source: Path) -> Iterator[dict[str, Any]]:
+    pa = _pyarrow(source)
+    files = sorted(source.glob("*.arrow")) if source.is_dir() else [source]
+    if not files:
+        raise InputError(f"the folder {source} has no .arrow file: give a case file or a folder written by datasets")
+    for file in files:
+        try:
+            with pa.memory_map(str(file)) as mapped, pa.ipc.open_stream(mapped) as stream:
+                for batch in stream:
+                    yield from batch.to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(
+                f"can't read cases from {file} ({error}): build it again with `kveraser data build`"
+            ) from error
 
 
-def _query(fields: dict[str, Any]) -> Query:
-    # JSON has lists only.
-    listed: dict[str, Any] = {name: tuple(fields[name]) for name in ("accepted", "wrong") if name in fields}
-    return Query(**{**fields, **listed})
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow.ipc
+        import pyarrow.json
+    except ImportError as error:
+        raise InputError(f"{path} is an Arrow file, which needs `pip install kveraser[train]`") from error
+    return pyarrow

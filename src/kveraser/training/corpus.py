@@ -1,4 +1,4 @@
-"""Text to train on: a hub dataset, a JSONL file or plain text, as passages."""
+"""Read passages from a hub dataset, a JSONL file or plain text."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from kveraser.errors import InputError
 DEFAULT_CORPUS = "wikimedia/wikipedia"
 DEFAULT_SUBSET = "20231101.en"
 SHORTEST_PASSAGE = 40
-"""Passages of fewer characters hold too little to ask about."""
+"""Fewest characters of a passage; shorter ones are skipped."""
 
 
 def read_passages(source: str, limit: int | None = None, column: str = "text") -> list[str]:
-    """Passages of a corpus, in its order.
+    """Read the passages of a corpus, in order.
 
     Args:
         source: a `.jsonl` file with a text column, a plain text file (passages between blank lines), or the name of a
             hub dataset (`owner/name`, or `owner/name:subset`).
-        limit: most passages to take.
+        limit: maximum number of passages.
         column: the text column of JSONL files and datasets.
 
     Raises:
-        InputError: not found, not text, a malformed line (its number is named), or no passage long enough.
+        InputError: not found, not text, a malformed line (the message gives its number), or no passage long enough.
     """
     path = Path(source)
     if path.is_file():
@@ -52,7 +52,7 @@ def _from_jsonl(path: Path, column: str) -> Iterator[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}, line {number} has no text column {column!r} ({error!r}): name it, or fix the line"
-            ) from (error)
+            ) from error
         if not isinstance(text, str):
             raise InputError(f"{path}, line {number}: column {column!r} holds {type(text).__name__}, not text")
         yield text
@@ -78,7 +78,7 @@ def _from_hub(source: str, column: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{source} is no file, and hub datasets need `pip install kveraser[train]`") from error
+        raise InputError(f"{source} is not a file, and hub datasets need `pip install kveraser[train]`") from error
     try:
         rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         for row in rows:
@@ -87,6 +87,6 @@ def _from_hub(source: str, column: str) -> Iterator[str]:
         raise InputError(f"the dataset {source} has no column {column!r}: name its text column") from error
     except Exception as error:
         raise InputError(
-            f"{source} is neither a file nor a dataset that can be loaded ({type(error).__name__}): "
+            f"{source} is neither a file nor a loadable dataset ({type(error).__name__}): "
             "check the name and the connection, or give a local .jsonl or text file"
         ) from error

@@ -16,7 +16,7 @@ from kveraser.errors import ContextLengthError, InputError
 from kveraser.model.backbone import DEFAULT_BACKBONE, Backbone
 from kveraser.steering.eraser import Eraser, EraserSettings
 from kveraser.training.batches import trimmed
-from kveraser.training.cases import Case, TokenizedCase, read_cases, tokenize_with
+from kveraser.training.cases import Case, TokenizedCase, read_cases, tokenize
 from kveraser.training.cost import CaseShape, ModelShape, Part, case_flops, case_shape, memory, model_shape
 from kveraser.training.distill import case_losses, prepare
 from kveraser.training.recipe import Recipe
@@ -104,7 +104,7 @@ def plan(recipe: Recipe, config: str | None = None) -> Plan:
         tokenizer = None
     count, sample = _sample(recipe.data)
     optimizer, held_out = recipe.optimizer, recipe.evaluation
-    cut = [] if tokenizer is None else [tokenize_with(tokenizer, case) for case in sample]
+    cut = [] if tokenizer is None else [tokenize(tokenizer, case) for case in sample]
     cut = [trimmed(case, optimizer.shape_multiple, 0) for case in cut]
     shapes = [case_shape(case) for case in cut] or [_estimated(case) for case in sample]
     longest = max(shapes, key=lambda one: one.tokens)

@@ -1,4 +1,4 @@
-"""Facts that passages state: births, deaths, directors, writers, sources, places."""
+"""Patterns that find facts in passages: births, deaths, directors, writers, sources, places."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from kveraser.training.tasks.tables import MONTHS
 
 LAST_WORD = 60
-"""A fact counts when it is stated within so many words."""
+"""Most words of a passage up to the end of the fact."""
 
 SHOWN_WORDS = 75
-"""The passage is shown to the end of the sentence that states the fact, and never further than this."""
+"""Most words shown of a passage; it is cut after the sentence that states the fact."""
 SENTENCE_END = re.compile(r"(?<=[a-z0-9)]{2})[.!?]\s")
 
 _DAY = rf"\d{{1,2}} (?:{'|'.join(MONTHS)}) \d{{3,4}}"
@@ -38,12 +38,12 @@ RELATIONS: dict[str, tuple[str, ...]] = {
     ),
     "place": (rf"{_NAME}\s?(?:\([^)]*\) )?(?:is|was) an? [^.]*?located in (?P<value>{_PLACE})",),
 }
-"""Patterns by relation: the opening words name whom or what it is about."""
+"""Patterns by relation; `name` is the subject, which the passage opens with."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact of a passage: the relation, whom or what it is about, the value, and the words that state it."""
+    """A fact of a passage: relation, subject, value, and the text that states it."""
 
     relation: str
     name: str
@@ -53,7 +53,7 @@ class Fact:
 
 
 def find_facts(passages: Sequence[str]) -> dict[str, list[Fact]]:
-    """Facts by relation, in the order of the passages; those with one value only can't be swapped and are left out."""
+    """Find facts by relation, in the order of the passages; relations with a single value are left out."""
     found: dict[str, list[Fact]] = defaultdict(list)
     for passage in passages:
         for relation, patterns in RELATIONS.items():

@@ -1,4 +1,4 @@
-"""Real facts: a passage states one, and a retrieved document gives the value of another passage instead."""
+"""Real facts: a passage states a fact, and a retrieved document states the value of another passage instead."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kveraser.training.tasks.tables import Cast, Tables, Value, fill, initials, 
 
 
 def facts(rng: random.Random, tables: Tables, passages: Passages) -> Story:
-    """The span, a retrieved page, gives a passage's fact the value of another one; the passage is in the context, too.
+    """Make a story whose span is a retrieved page with a swapped value; the passage with the fact is in the context.
 
     Raises:
-        InputError: the passages state no two facts of one kind.
+        InputError: no relation has facts with two different values.
     """
     found = passages.facts
     if not found:
@@ -23,7 +23,7 @@ def facts(rng: random.Random, tables: Tables, passages: Passages) -> Story:
             "the corpus has no two passages with facts of one kind (born, died, birthplace, director, writer, source, "
             "place): give encyclopedia text, or leave the task `facts` out"
         )
-    # Rare relations come more often than their share, but not so often that their few facts are asked again and again.
+    # Square-root weights raise rare relations without repeating their few facts too often.
     relation = rng.choices(list(found), [len(facts) ** 0.5 for facts in found.values()])[0]
     fact = rng.choice(found[relation])
     other = rng.choice([other for other in found[relation] if other.value != fact.value] or found[relation])

@@ -1,66 +1,53 @@
-"""A story becomes a case: sizes are drawn, the span is put in its place, and corpus text fills the context."""
+"""Turn a story into a case: draw sizes, place the span, and fill the context with corpus text."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import exp, log
 
 from kveraser.measure.questions import Query, normalized
-from kveraser.training.cases import Case
+from kveraser.training.cases import Case, CaseSizes
+from kveraser.training.span_neighbor import log_uniform
 from kveraser.training.tasks.passages import Reader, clip, first_sentence, topic
 from kveraser.training.tasks.span_text import span_text
 from kveraser.training.tasks.story import LONGEST_ANSWER, Story
 from kveraser.training.tasks.tables import Tables, fill, substitute
 
 SHORTEST_PIECE = 24
-"""Words; less than this is not worth a paragraph or turn of its own."""
+"""Fewest words of a paragraph or turn of corpus text."""
 PREFIX_SHARE = (0.15, 0.7)
-"""Where in the context the span stands, as a share of its words."""
+"""Where the span begins, as a share of the context's words."""
 FIXED_SHARE = 0.8
-"""Most of the context that the parts of the story may take."""
+"""Largest share of the context that the parts of the story may take."""
 QUOTED_WORDS = 8
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """Sizes in words; a word is about 1.3 tokens.
-
-    Attributes:
-        context: shortest and longest context without the span.
-        span: shortest and longest span; lengths are drawn log-uniformly. A span is never shorter than its statement.
-    """
-
-    context: tuple[int, int] = (120, 360)
-    span: tuple[int, int] = (8, 760)
-
-
 def lay_out(
-    rng: random.Random, story: Story, reader: Reader, tables: Tables, settings: TaskSettings, task: str, name: str
+    rng: random.Random, story: Story, reader: Reader, tables: Tables, sizes: CaseSizes, task: str, name: str
 ) -> Case:
-    """The case that tells `story`."""
+    """Turn `story` into a case."""
     for passage in story.passages:
         reader.skip(passage)
     before = [story.truth] if story.truth_first else []
     after = [] if story.truth_first else [story.truth]
     (before if rng.random() < 0.5 else after).append(story.aside)
     lead = [story.lead] if story.lead else []
-    total = rng.randint(*settings.context)
+    total = rng.randint(*sizes.context)
     later = list(story.later)
     while len(later) > 1 and _words([*before, *lead, *after, *later]) > FIXED_SHARE * total:
         later.pop()
     free = max(0, total - _words([*before, *lead, *after, *later]))
     ahead = round(total * rng.uniform(*PREFIX_SHARE)) - _words([*before, *lead])
     ahead = min(max(ahead, 0), free)
-    # A remainder too small for a piece goes to the other side.
+    # A remainder smaller than a piece is moved to the other side.
     ahead = 0 if ahead < SHORTEST_PIECE else free if free - ahead < SHORTEST_PIECE else ahead
     pieces_before = _pieces(rng, ahead, reader, tables, story.transcript)
     pieces_after = _pieces(rng, free - ahead, reader, tables, story.transcript)
-    span = _span(rng, story, reader, tables, settings)
+    size = log_uniform(rng, *sizes.span)
+    span = span_text(rng, rng.choice(story.styles), story.role, story.statement, size, tables, reader)
     prefix = [*_mixed(rng, before, [text for text, _ in pieces_before]), *lead]
-    # In a transcript the truth is a correction, which comes after what it corrects.
+    # In a transcript the truth is a correction, so it follows the text that it corrects.
     built = [*later, *after] if story.transcript else rng.sample([*later, *after], len(later) + len(after))
     suffix = _mixed(rng, built, [text for text, _ in pieces_after])
     joint = "\n" if story.transcript else rng.choice((" ", "\n", "\n\n"))
@@ -76,10 +63,10 @@ def lay_out(
     )
 
 
-def is_sound(case: Case, settings: TaskSettings) -> bool:
-    """Whether the sizes are as asked, and what remains without the span determines the answers.
+def is_sound(case: Case, sizes: CaseSizes) -> bool:
+    """Whether the case has the requested sizes, and the text outside the span determines the answers.
 
-    Corpus text and names are drawn at random, so they may hold a wrong value by chance: such a case is drawn again.
+    Random corpus text and names may contain the wrong value by chance; the caller draws such a case again.
     """
     start, end = case.span
     before, after = case.context[:start], case.context[end:]
@@ -89,7 +76,7 @@ def is_sound(case: Case, settings: TaskSettings) -> bool:
     contradicted = case.queries[0]
     right, wrong = map(normalized, contradicted.accepted), [normalized(text) for text in contradicted.wrong]
     return (
-        settings.context[0] <= words <= settings.context[1]
+        sizes.context[0] <= words <= sizes.context[1]
         and PREFIX_SHARE[0] <= share <= PREFIX_SHARE[1]
         and any(text in remaining and text not in span for text in right)
         and any(text in span for text in wrong)
@@ -98,26 +85,20 @@ def is_sound(case: Case, settings: TaskSettings) -> bool:
     )
 
 
-def _span(rng: random.Random, story: Story, reader: Reader, tables: Tables, settings: TaskSettings) -> str:
-    shortest, longest = settings.span
-    size = round(exp(rng.uniform(log(shortest), log(longest))))
-    return span_text(rng, rng.choice(story.styles), story.role, story.statement, size, tables, reader)
-
-
 def _pieces(
     rng: random.Random, count: int, reader: Reader, tables: Tables, transcript: bool
 ) -> list[tuple[str, list[str]]]:
-    """Paragraphs or turns of `count` words together, each with the words of the corpus in it."""
+    """Make paragraphs or turns of `count` words in all; returns each with its corpus words."""
     pieces: list[tuple[str, list[str]]] = []
     while count > 0:
         template = rng.choice(tables.texts["chatter"]) if transcript else "$text"
-        room = count - len(substitute(template, {"text": ""}).split())
-        if room <= 0:
+        available = count - len(substitute(template, {"text": ""}).split())
+        if available <= 0:
             break
-        words = clip(reader.draw(), room)
-        if room - len(words) < SHORTEST_PIECE:
-            # What this passage leaves would be too little for the next piece.
-            words = clip([*words, *reader.words(room - len(words))], room)
+        words = clip(reader.draw(), available)
+        if available - len(words) < SHORTEST_PIECE:
+            # The rest would be too short for another piece.
+            words = clip([*words, *reader.words(available - len(words))], available)
         text = substitute(template, {"text": " ".join(words)})
         pieces.append((text, words))
         count -= len(text.split())
@@ -125,7 +106,7 @@ def _pieces(
 
 
 def _mixed(rng: random.Random, parts: Sequence[str], pieces: Sequence[str]) -> list[str]:
-    """Parts and pieces, each in their order, mixed at random."""
+    """Interleave parts and pieces at random; each keep their order."""
     turns = rng.sample([True] * len(parts) + [False] * len(pieces), len(parts) + len(pieces))
     left, others = iter(parts), iter(pieces)
     return [next(left) if part else next(others) for part in turns]
@@ -144,7 +125,7 @@ def _queries(
     after: list[str],
     kept: Sequence[list[str]],
 ) -> list[Query]:
-    around = [_seam(rng, tables, before, after), _reference(rng, story, tables, later)]
+    around = [_boundary(rng, tables, before, after), _reference(rng, story, tables, later)]
     unharmed = [story.unharmed, _quotation(rng, tables, kept)] if kept else [story.unharmed]
     extra = rng.choice((0, 1, 2))
     return [
@@ -155,8 +136,8 @@ def _queries(
     ]
 
 
-def _seam(rng: random.Random, tables: Tables, before: list[str], after: list[str]) -> Query:
-    """The words that meet where the span was."""
+def _boundary(rng: random.Random, tables: Tables, before: list[str], after: list[str]) -> Query:
+    """Ask for the words that are adjacent once the span is erased."""
     if rng.random() < 0.5:
         question = substitute(rng.choice(tables.texts["next"]), {"words": " ".join(before[-QUOTED_WORDS:])})
         return Query(question, " ".join(after[:LONGEST_ANSWER]))
@@ -165,7 +146,7 @@ def _seam(rng: random.Random, tables: Tables, before: list[str], after: list[str
 
 
 def _reference(rng: random.Random, story: Story, tables: Tables, later: Sequence[str]) -> Query:
-    """A later sentence that built on the span."""
+    """Ask about a later sentence that builds on the span."""
     words = re.sub(r"^(User|Assistant|Tool|System): ", "", rng.choice(later)).split()
     if rng.random() < 0.5:
         half = min(len(words) // 2, QUOTED_WORDS)
@@ -176,7 +157,7 @@ def _reference(rng: random.Random, story: Story, tables: Tables, later: Sequence
 
 
 def _leak(rng: random.Random, story: Story, tables: Tables) -> Query:
-    """The erased statement is asked for; an answer must not give its value."""
+    """Ask for the erased statement; an answer must not contain its value."""
     question = fill(rng.choice(tables.texts["leak"]), {"subject": story.subject})
     use, slots = ("leak_answers", {"claim": story.statement})
     if rng.random() < 0.3:
@@ -186,7 +167,7 @@ def _leak(rng: random.Random, story: Story, tables: Tables) -> Query:
 
 
 def _quotation(rng: random.Random, tables: Tables, kept: Sequence[list[str]]) -> Query:
-    """Corpus text that stays: what it says about its topic, or how it goes on."""
+    """Ask about corpus text outside the span: its topic, or how it continues."""
     words = rng.choice(kept)
     about, sentence = topic(" ".join(words)), first_sentence(" ".join(words)).split()
     if about and len(sentence) > 3:

@@ -1,4 +1,4 @@
-"""Corpus text in the sizes that a case needs."""
+"""Corpus text in the lengths that a case needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 from kveraser.training.tasks.fact_patterns import SENTENCE_END, Fact, find_facts
 
 LONGEST_PIECE = 90
-"""Words that are taken from one passage at most, so that a context holds several."""
+"""Most words of one passage, so that a context holds several passages."""
 
 TOPIC = re.compile(r"^((?:The )?[A-Z][^,.;:()\"]{2,50}?) ?(?:\(|,| is | was | are | were )")
 
@@ -23,12 +23,12 @@ class Passages:
 
     @cached_property
     def facts(self) -> dict[str, list[Fact]]:
-        """Facts by relation; only relations of which there are at least two values."""
+        """Facts by relation, of relations with at least two values."""
         return find_facts(self.texts)
 
 
 class Reader:
-    """Draws passages for one case, none of them twice while there are others."""
+    """Draws passages for one case, without repetition until all are used."""
 
     def __init__(self, rng: random.Random, passages: Passages) -> None:
         self.rng = rng
@@ -36,11 +36,11 @@ class Reader:
         self._seen: set[int] = set()
 
     def skip(self, text: str) -> None:
-        """Never draw this passage."""
+        """Exclude this passage."""
         self._seen.add(self._texts.index(text))
 
     def draw(self) -> list[str]:
-        """The words of a passage, or the first of them."""
+        """Draw a passage and return its words, at most `LONGEST_PIECE`."""
         if len(self._seen) >= len(self._texts):
             self._seen.clear()
         index = self.rng.randrange(len(self._texts))
@@ -50,7 +50,7 @@ class Reader:
         return clip(self._texts[index].split(), LONGEST_PIECE)
 
     def words(self, count: int) -> list[str]:
-        """Running text of exactly `count` words."""
+        """Draw exactly `count` words of running text."""
         words: list[str] = []
         while len(words) < count:
             words += self.draw()
@@ -58,7 +58,7 @@ class Reader:
 
 
 def clip(words: list[str], count: int) -> list[str]:
-    """The first `count` words; an ellipsis shows that there were more."""
+    """Cut to `count` words; an ellipsis marks the cut."""
     if len(words) <= count or not count:
         return words[:count]
     last = words[count - 1]
@@ -66,12 +66,12 @@ def clip(words: list[str], count: int) -> list[str]:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop that ends a sentence."""
+    """Return the text up to the first end of a sentence."""
     ending = SENTENCE_END.search(text)
     return text[: ending.start() + 1] if ending else text
 
 
 def topic(text: str) -> str | None:
-    """What a passage is about, as its first words name it; None if they do not."""
+    """Return the subject that the passage opens with, or None."""
     found = TOPIC.match(text)
     return found[1].strip() if found else None

@@ -1,4 +1,4 @@
-"""What a task wants to happen in a case, before it is laid out in a context."""
+"""The content of a task's case, before it is laid out in a context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kveraser.measure.questions import Query
 from kveraser.training.tasks.tables import Cast, Scene, Tables, Value, fill, substitute
 
 Style = Literal["page", "records", "json", "message"]
-"""What the span looks like when it is longer than its statement; see `span_text`."""
+"""Form of a span that is longer than its statement; see `span_text`."""
 
 LONGEST_ANSWER = 24
 """Words."""
@@ -22,17 +22,17 @@ class Story:
     """The parts of a case.
 
     Attributes:
-        subject: what the statements are about, as questions name it.
-        statement: the wrong one, for the span.
-        styles, role: how the span may look, and who says it; no role outside transcripts.
-        truth: block of text with the right statement.
-        truth_first: whether it stands before the span.
-        lead: block directly before the span; empty for none.
+        subject: topic of the statements, as questions name it.
+        statement: the wrong statement, placed in the span.
+        styles, role: possible forms of the span, and its speaker; the role is empty outside transcripts.
+        truth: text with the correct statement.
+        truth_first: whether the truth precedes the span.
+        lead: text directly before the span; may be empty.
         later: sentences that build on the wrong statement, in order.
         contradicted: the question whose answer the span contradicts.
         wrong: the wrong value.
-        aside, unharmed: a fact that the span never touches, and the question about it.
-        passages: corpus passages in the parts, which the rest of the context leaves out.
+        aside, unharmed: a fact that does not depend on the span, and a question about it.
+        passages: corpus passages used in the parts; the rest of the context excludes them.
     """
 
     subject: str
@@ -51,7 +51,7 @@ class Story:
 
     @property
     def transcript(self) -> bool:
-        """Whether the case is a transcript with roles rather than documents."""
+        """Whether the case is a transcript with roles, not documents."""
         return bool(self.role)
 
 
@@ -64,12 +64,11 @@ def scene_story(
     truth_first: bool = False,
     recheck: bool = False,
 ) -> Story:
-    """A story of a scene; `recheck` has somebody ask again before the truth comes."""
+    """Make the story of a scene; with `recheck`, a speaker asks again before the truth."""
     cast = Cast(rng, tables)
     slots = cast.slots()
     true, wrong = cast.value(scene.kind), cast.value(scene.kind)
-    # Costs that come on top are the same whichever value is right.
-    right, bad = {**wrong.slots, **true.slots, **slots}, {**true.slots, **wrong.slots, **slots}
+    right, bad = {**true.slots, **slots}, {**wrong.slots, **slots}
     leads = rng.sample(scene.lead, len(scene.lead))
     truth = fill(rng.choice(scene.true), right)
     if recheck:
@@ -97,7 +96,7 @@ def scene_story(
 
 
 def later_texts(rng: random.Random, refer: Sequence[str], derive: Sequence[str]) -> list[str]:
-    """One to four templates: in half of the cases all only refer to the wrong value, else some say what follows."""
+    """Draw one to four templates: references to the wrong value, in half of the cases also what follows from it."""
     count = rng.randint(1, 4)
     if rng.random() < 0.5:
         return rng.sample(refer, min(count, len(refer)))
@@ -107,7 +106,7 @@ def later_texts(rng: random.Random, refer: Sequence[str], derive: Sequence[str])
 
 
 def aside_of(rng: random.Random, tables: Tables, cast: Cast, role: str) -> tuple[str, Query]:
-    """A small fact of its own, and the question about it."""
+    """Make an unrelated fact and a question about it."""
     aside, slots = rng.choice(tables.asides), cast.slots()
     text = fill(aside["text"], slots)
     query = Query(

@@ -1,6 +1,6 @@
-"""Names, values and sentence templates of a split, from its JSON file; the two splits share no entry.
+"""Names, values and sentence templates of a split, read from its JSON file; the two splits share no entry.
 
-Templates are `string.Template`s: `$subject`, `$value` and so on, so that JSON and quotations can stand in them.
+Templates are `string.Template`s (`$subject`, `$value`), so they can contain JSON and quotations.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ SCENES = ("needle", "stale", "observation", "preference", "injection")
 
 @dataclass(frozen=True)
 class Scene:
-    """A situation in which a value is stated twice, rightly and wrongly, and later text relies on the wrong one.
+    """A situation that states a value twice, correctly and wrongly, with later text that relies on the wrong one.
 
     Attributes:
-        kind: what the value is: a town, person, price, code, date, product, dish or motto.
-        subject: what the value belongs to, as questions name it.
-        true, bad: sentences that state the value; in a transcript the true ones carry their role.
-        refer: later sentences that rely on the wrong value without saying anything about it.
-        derive: later sentences that say what follows from it, never the value itself.
+        kind: kind of the value: town, person, price, code, date, product, dish or motto.
+        subject: owner of the value, as questions name it.
+        true, bad: sentences that state the value; in a transcript the true ones begin with a role.
+        refer: later sentences that rely on the wrong value and add nothing about it.
+        derive: later sentences that state a consequence of the value, never the value itself.
         questions, answers: about the true value.
-        lead: turns that ask for what the span then gives; empty outside transcripts.
+        lead: turns that ask for the content of the span; empty outside transcripts.
     """
 
     kind: str
@@ -65,13 +65,13 @@ class FactPhrases:
 
 @dataclass(frozen=True)
 class Tables:
-    """All that a split has to say.
+    """All names and templates of a split.
 
     Attributes:
-        entities: by sort, (name, what hangs on it) pairs: a town's river, a product's maker, a dish's ingredient, what
-            a motto is about; empty where nothing does.
+        entities: pairs of name and hint, by sort. The hint is a town's river, a product's maker, a dish's ingredient or
+            a motto's topic; it may be empty.
         texts: lists of templates by use: `rows`, `pages`, `leak` and so on.
-        asides: small facts that the span never touches, each with its question, answer and accepted string.
+        asides: facts that do not depend on the span, each with a question, an answer and an accepted string.
         scenes: by task.
         facts: for the task with real facts.
     """
@@ -85,12 +85,12 @@ class Tables:
 
 @dataclass(frozen=True)
 class Value:
-    """Something that can be stated rightly or wrongly.
+    """A value that can be stated correctly or wrongly.
 
     Attributes:
-        text: as sentences say it.
-        strings: any of these in an answer gives it.
-        slots: `value`, and `hint` for what hangs on it, as templates name them.
+        text: the value in a sentence.
+        strings: an answer that contains one of these gives the value.
+        slots: template slots: `value`, and `hint` for what depends on it.
     """
 
     text: str
@@ -100,7 +100,7 @@ class Value:
 
 @cache
 def load_tables(split: Split) -> Tables:
-    """The tables of a split."""
+    """Load the tables of a split."""
     raw: dict[str, Any] = json.loads((resources.files(__package__) / f"{split}.json").read_text(encoding="utf-8"))
     entities = {
         sort: tuple((name, hint) for name, _, hint in (entry.partition("/") for entry in raw.pop(sort).split(", ")))
@@ -122,12 +122,12 @@ def _scene(fields: dict[str, Any]) -> Scene:
 
 
 def substitute(template: str, slots: Mapping[str, str]) -> str:
-    """A template with its slots filled, for use within a sentence."""
+    """Fill the slots of a template, for use within a sentence."""
     return Template(template).substitute(slots)
 
 
 def fill(template: str, slots: Mapping[str, str]) -> str:
-    """A template with its slots filled and its sentences begun with a capital."""
+    """Fill the slots of a template and capitalize its sentences."""
     return re.sub(
         r"(^(?:User: |Assistant: |Tool: |System: )?|[.!?] )([a-z])",
         lambda match: match[1] + match[2].upper(),
@@ -136,17 +136,12 @@ def fill(template: str, slots: Mapping[str, str]) -> str:
 
 
 def initials(name: str) -> str:
-    """`Anna Adler` to `AA`."""
+    """Return the initials of a name: `AA` of `Anna Adler`."""
     return "".join(part[0] for part in name.split())
 
 
 class Cast:
-    """The entities of one case, none of them drawn twice.
-
-    Args:
-        rng: draws them.
-        tables: where they come from.
-    """
+    """Draws the entities of one case from the tables, without repetition."""
 
     def __init__(self, rng: random.Random, tables: Tables) -> None:
         self.rng = rng
@@ -155,7 +150,7 @@ class Cast:
         self._numbers: Iterator[int] = iter(rng.sample(range(203, 980), 40))
 
     def value(self, kind: str) -> Value:
-        """A value of a kind."""
+        """Draw a value of a kind."""
         if kind == "person":
             first, last = next(self._left["first"])[0], next(self._left["last"])[0]
             return _value(f"{first} {last}", (f"{first} {last}", last), initials(f"{first} {last}"))
@@ -172,7 +167,7 @@ class Cast:
         return _value(name, (name,), hint)
 
     def slots(self) -> dict[str, str]:
-        """Names for a sentence: `org`, `town`, `person`, `product`, `ref`, `count`, `clock` and `day`."""
+        """Draw names for a sentence: `org`, `town`, `person`, `product`, `ref`, `count`, `clock` and `day`."""
         return {
             "org": next(self._left["org"])[0],
             "town": next(self._left["town"])[0],
