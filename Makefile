@@ -87,7 +87,7 @@ results-latency: $(BACKBONE)
 results-frontier: $(BACKBONE)
 	@mkdir -p runs docs/results/figures
 	@echo "Measuring: frontier"
-	@$(BIN)/python -m evaluation frontier --lengths 512,2048,7680 --cases $(CASES) --seed 1 --workers $(WORKERS) --output runs/frontier \
+	@$(BIN)/python -m evaluation frontier --lengths 512,2048,7680 --cases $(CASES) --seed 1 --output runs/frontier \
 		--picture docs/results/figures/frontier.png --json >docs/results/frontier.json.part
 	@mv docs/results/frontier.json.part docs/results/frontier.json
 	@$(BIN)/python -m evaluation tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +27,6 @@ def frontier(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run: a line a case. One that was stopped goes on.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     seed: Seed = 0,
     model: Model = DEFAULT_MODEL,
     eraser: EraserOption = SHIPPED,
@@ -52,9 +50,8 @@ def frontier(
     backbone = load_backbone(model, eraser, device, dtype)
     served, unserved = serving(chosen, backbone, named=methods is not None)
     made = make_cases(backbone.tokenizer, plan, texts, seed)
-    load = partial(load_backbone, model, eraser, device, dtype)
     with bar(total=1.0) as advance:
-        measured = run(backbone, served, settings, made, (), output, advance, workers, load)
+        measured = run(backbone, served, settings, made, (), output, advance)
     result = to_json(measured, backbone, settings, served, COMMAND) | {"unserved": unserved}
     result |= {"rows": frontier_rows(result["rows"])}
     if output is not None:

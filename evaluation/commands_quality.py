@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kveraser.cli.console import bar, emit, print_rows, say
 from kveraser.cli.evaluate import SHOWN, Methods, Seed, base, chosen_methods, serving, sizes
 from kveraser.cli.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
-
-if TYPE_CHECKING:
-    pass
 
 COMMAND = "python -m evaluation quality"
 NEEDS_TEXT, TEXT = "heldout", "wikimedia/wikipedia"
@@ -39,7 +35,6 @@ def quality(
         Path | None, typer.Option(help="Folder of the run: a line a case. One that was stopped goes on.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on: --output must hold a run already.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: 1; a profile's own.")] = None,
     seed: Seed = 0,
     model: Model = DEFAULT_MODEL,
     eraser: EraserOption = SHIPPED,
@@ -51,7 +46,6 @@ def quality(
     from evaluation.plan import PROFILES, QualitySettings, make_cases, plan_suite, profile_plans
     from kveraser.measure.case_file import read_case_file
     from kveraser.measure.run import SETTINGS, run, to_json, write_result
-    from kveraser.measure.workers import most_workers
     from kveraser.training.corpus import read_passages
 
     if resume and (output is None or not (output / SETTINGS).is_file()):
@@ -68,7 +62,6 @@ def quality(
             raise typer.BadParameter("--profile sets suites, tasks and sizes itself: leave those options out")
         plans, without = profile_plans(profile, count, dataset)
         own_methods = methods or PROFILES[profile].methods
-        workers = workers or most_workers(device)
     else:
         names = [one.strip() for one in (suite or "").split(",") if one.strip()]
         names = names or ([] if case_file is not None else [NEEDS_TEXT])
@@ -92,17 +85,7 @@ def quality(
     served, unserved = serving(chosen, backbone, named=methods is not None)
     made, left_out = make_cases(backbone.tokenizer, settings, texts, own, dataset)
     with bar(total=1.0) as advance:
-        measured = run(
-            backbone,
-            served,
-            settings,
-            made,
-            [*without, *left_out],
-            output,
-            advance,
-            workers or 1,
-            partial(load_backbone, model, eraser, device, dtype),
-        )
+        measured = run(backbone, served, settings, made, [*without, *left_out], output, advance)
     result = to_json(measured, backbone, settings, served, COMMAND) | {"unserved": unserved}
     if output is not None:
         write_result(output, result)

@@ -10,7 +10,7 @@ import pytest
 
 from kveraser.cache.editable import EditableCache
 from kveraser.measure.case import BenchCase, Cell, TokenizedCase, TokenizedContext, tokenize_case, tokenize_context
-from kveraser.measure.pool import ANSWER_TOKENS
+from kveraser.measure.quality import ANSWER_TOKENS
 from kveraser.measure.questions import Query
 from kveraser.measure.results import Answered, CaseResult, Measured
 from kveraser.model.backbone import Backbone

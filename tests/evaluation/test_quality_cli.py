@@ -102,7 +102,7 @@ def test_a_profile_is_its_suites_at_their_sizes(
 ) -> None:
     sizes = Sizes("longqa", 512), Sizes("sweeps", 600, spans=(40,))
     monkeypatch.setitem(PROFILES, "cpu", Profile(sizes, "shift; kveraser", 2))
-    asked = "evaluation", "quality", "--profile", "cpu", "--model", model, "--workers", "1", "--json"
+    asked = "evaluation", "quality", "--profile", "cpu", "--model", model, "--json"
     result = read(run(*asked, "--cases", "1"))
     assert [(one["suite"], one["lengths"], one["cases"]) for one in result["settings"]["suites"]] == [
         ("sweeps", [600], 1)
@@ -128,7 +128,6 @@ def test_a_profile_is_its_suites_at_their_sizes(
         (("--tasks", ""), cli.FAILURE, "heldout has no task ''"),
         (("--methods", "maks"), cli.USAGE, "did you mean mask"),
         (("--lengths", "0"), cli.FAILURE, "numbers from 1 on"),
-        (("--workers", "0"), cli.USAGE, "--workers"),
         (("--profile", "gpu"), cli.FAILURE, "no profile 'gpu'"),
         (("--profile", "cpu", "--cases", "0"), cli.FAILURE, "cases is (0,)"),
         (("--profile", "cpu", "--suite", "niah"), cli.USAGE, "--profile sets suites"),

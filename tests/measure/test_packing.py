@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -102,3 +104,35 @@ def test_answers_to_one_question_are_branches_of_it(backbone: Backbone, method: 
         # Guard: behind the answer of another branch the scores are others.
         other = score(backbone, cache, [*prompt, *ANSWERS[1]], answer)
         assert float((packed - other).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["right", "too long", "half right", "wrong", "several"])
+def test_drafts_save_steps_and_change_no_answer(backbone: Backbone, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, limits = filled(backbone, "mask"), (12, 9, 10)
+    answers = [greedy(backbone, cache, prompt, limit) for prompt, limit in zip(PROMPTS, limits, strict=True)]
+    assert max(map(len, answers)) > 5
+    agreed = [{"wrong": 0, "half right": len(answer) // 2}.get(kind, len(answer)) for answer in answers]
+    # After the agreed part, another token than the right one.
+    wrong = [
+        [*answer[:part], (answer[part] + 1) % 50 if part < len(answer) else 9, 7, 8]
+        for answer, part in zip(answers, agreed, strict=True)
+    ]
+    drafts = {
+        "right": [[answer] for answer in answers],
+        "too long": [[[*answer, *random_tokens(30)]] for answer in answers],
+        "several": [[[9, 9], answer, answer[:2]] for answer in answers],
+    }.get(kind, [[draft] for draft in wrong])
+    before = snapshot(cache)
+    passes: list[int] = []
+    logits = Backbone.logits
+
+    def counted(*given: Any, **named: Any) -> torch.Tensor:
+        passes.append(1)
+        return logits(*given, **named)
+
+    monkeypatch.setattr(Backbone, "logits", counted)
+    assert greedy_together(backbone, cache, PROMPTS, limits, drafts) == answers
+    # The token after the agreed part comes with the verification. The end of an answer is a token too.
+    left = [min(limit, len(answer) + 1) - part - 1 for answer, limit, part in zip(answers, limits, agreed, strict=True)]
+    assert len(passes) == 1 + max(0, *left) and (len(passes) == 1) == (kind not in ("half right", "wrong"))
+    assert same_bits(snapshot(cache), before)

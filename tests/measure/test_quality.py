@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import ContextLengthError, MeasurementError
+from kveraser.measure import quality
 from kveraser.measure.case import Attack, TokenizedCase, TokenizedContext
-from kveraser.measure.pool import ANSWER_TOKENS, ATTACK_TOKENS, CONFESSION_TOKENS, LEAK_TOKENS
-from kveraser.measure.quality import NOTICE_TOKENS, UNERASED, measure_context, room
+from kveraser.measure.quality import (
+    ANSWER_TOKENS,
+    ATTACK_TOKENS,
+    CONFESSION_TOKENS,
+    LEAK_TOKENS,
+    NOTICE_TOKENS,
+    UNERASED,
+    measure_context,
+    positions_needed,
+)
 from kveraser.measure.questions import Query, normalized
 from kveraser.measure.results import CaseResult
 from kveraser.measure.rows import check_references, rows_of
-from kveraser.measure.together import Rows
 from kveraser.methods import Method, make_method
 from kveraser.methods.recompute import Recompute
 from kveraser.model.backbone import Backbone
@@ -32,7 +41,7 @@ METHODS = (
 )  # fmt: skip
 
 
-def settled(backbone: Backbone, *names: str) -> list[Method]:
+def resolved(backbone: Backbone, *names: str) -> list[Method]:
     return [make_method(name).resolve(backbone) for name in names]
 
 
@@ -50,7 +59,7 @@ def edited_by(backbone: Backbone, context: TokenizedContext, case: TokenizedCase
 @pytest.fixture(scope="module")
 def measured(backbone: Backbone) -> tuple[TokenizedContext, TokenizedCase, CaseResult]:
     context, (case,) = cut(backbone, judged(backbone, bench_case()))
-    (result,) = measure_context(backbone, context, [case], settled(backbone, *METHODS))
+    (result,) = measure_context(backbone, context, [case], resolved(backbone, *METHODS), [case])
     names = {str(make_method(method).resolve(backbone)): method for method in METHODS}
     methods = {names.get(name, name): of for name, of in result.methods.items()}
     return context, case, replace(result, methods=methods)
@@ -160,7 +169,7 @@ def test_every_method_is_undone_to_the_bit(backbone: Backbone, monkeypatch: pyte
 
     context, cases = cut(backbone, judged(backbone, bench_case()), bench_case("b", erase=[Text("at nine")]))
     monkeypatch.setattr(Backbone, "prefill", watched)
-    measure_context(backbone, context, cases, settled(backbone, *METHODS))
+    measure_context(backbone, context, cases, resolved(backbone, *METHODS))
     assert changed == [True] * len(METHODS) * 2
 
 
@@ -169,17 +178,17 @@ def test_a_method_that_fails_leaves_the_cache_as_it_was(backbone: Backbone, monk
     caches: list[EditableCache] = []
     prefill = Backbone.prefill
     monkeypatch.setattr(Backbone, "prefill", lambda *given: caches.append(prefill(*given)) or caches[-1])
-    add, calls = Rows.add, list[int]()
+    ask, calls = quality._ask, list[int]()
 
-    def broken(self: Rows, cache: EditableCache, since: int = 0) -> int:
+    def broken(*given: Any) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return add(self, cache, since)
+        return ask(*given)
 
-    monkeypatch.setattr(Rows, "add", broken)
+    monkeypatch.setattr(quality, "_ask", broken)
     with pytest.raises(KeyboardInterrupt):
-        measure_context(backbone, context, cases, settled(backbone, "mask"))
+        measure_context(backbone, context, cases, resolved(backbone, "mask"))
     assert len(caches) == 1 and same_bits(snapshot(caches[0]), snapshot(prefill(backbone, context.tokens)))
 
 
@@ -190,9 +199,11 @@ def test_cases_that_leave_no_room_are_refused_before_they_are_prefilled(monkeypa
     asked = [case.asked[0] for case in cases]
     assert [len(one.answer) < ANSWER_TOKENS for one in asked] == [True, True]
     needed = [len(context.tokens) + NOTICE_TOKENS + len(one.prompt) + ANSWER_TOKENS for one in asked]
-    assert [room(context, case) for case in cases] == needed and needed[0] < needed[1] < POSITIONS
+    assert [positions_needed(context, case) for case in cases] == needed and needed[0] < needed[1] < POSITIONS
     attacked = replace(cases[0], case=replace(cases[0].case, attack=Attack(("",), ("It?",), ("",), SPAN, "blue", 0)))
-    assert room(context, attacked) == len(context.tokens) + NOTICE_TOKENS + ATTACK_TOKENS + CONFESSION_TOKENS
+    assert (
+        positions_needed(context, attacked) == len(context.tokens) + NOTICE_TOKENS + ATTACK_TOKENS + CONFESSION_TOKENS
+    )
     short = tiny_backbone(max_position_embeddings=needed[1] - 1)
     assert len(measure_context(short, context, cases[:1], [])) == 1
     monkeypatch.setattr(Backbone, "prefill", None)
@@ -204,10 +215,10 @@ def test_the_exact_reference_is_held_against_a_fresh_prefill(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, cases = cut(backbone, bench_case(), bench_case("b", erase=[Text("at nine")]))
-    right = measure_context(backbone, context, cases, settled(backbone, "mask"))
+    right = measure_context(backbone, context, cases, resolved(backbone, "mask"), cases[:1])
     check_references(right, rows_of(right))
     fresh, reused = (result.methods["recompute"].answers[0].kl for result in right)
-    # Once a context; the other cases' reference is compared with itself.
+    # The reference of the other case is compared with itself.
     assert fresh is not None and abs(fresh) < 1e-5 and reused == 0
     recompute = Recompute.__call__
 
@@ -215,7 +226,7 @@ def test_the_exact_reference_is_held_against_a_fresh_prefill(
         return recompute(self, backbone, cache, [*tokens[:-1], tokens[-2]], span)
 
     monkeypatch.setattr(Recompute, "__call__", careless)
-    wrong = measure_context(backbone, context, cases, settled(backbone, "mask"))
+    wrong = measure_context(backbone, context, cases, resolved(backbone, "mask"), cases[:1])
     assert (wrong[0].methods["recompute"].answers[0].kl or 0) > 0.01
     with pytest.raises(MeasurementError, match="case a: the exact reference is"):
         check_references(wrong, rows_of(wrong))

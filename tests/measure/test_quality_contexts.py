@@ -1,22 +1,21 @@
-"""Whole contexts: several spans, several cases on one prefill, conversations and secrets; and caches that wait."""
+"""Whole contexts: several spans, several cases on one prefill, conversations and secrets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from kveraser.cache.editable import EditableCache
-from kveraser.measure import pool
+from kveraser.measure import quality
 from kveraser.measure.attack import attack as attack_cache
 from kveraser.measure.case import Attack, BenchCase, TokenizedCase, TokenizedContext
-from kveraser.measure.pool import ANSWER_TOKENS
-from kveraser.measure.quality import UNERASED, measure_context, measure_contexts
+from kveraser.measure.quality import ANSWER_TOKENS, CONFESSION_TOKENS, UNERASED, measure_context
 from kveraser.measure.questions import Query, normalized
 from kveraser.measure.results import CaseResult
 from kveraser.measure.rows import rows_of
-from kveraser.measure.together import Memory, Rows
 from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import greedy
@@ -32,20 +31,21 @@ SPANS = (Text("left", occurrence=1), Text(SPAN), Text("of four"))
 
 def measure(backbone: Backbone, *cases: BenchCase) -> list[CaseResult]:
     context, tokenized = cut(backbone, *cases)
-    return measure_context(backbone, context, tokenized, [make_method(name).resolve(backbone) for name in METHODS])
+    methods = [make_method(name).resolve(backbone) for name in METHODS]
+    return measure_context(backbone, context, tokenized, methods, tokenized[:1])
 
 
 @pytest.fixture
 def asked_caches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """All that the caches hold that are asked, in order."""
+    """The contents of every cache when it is asked, in order."""
     caches: list[dict[str, object]] = []
-    add = Rows.add
+    ask = quality._ask
 
-    def watched(self: Rows, cache: EditableCache, since: int = 0) -> int:
+    def watched(backbone: Backbone, cache: EditableCache, *given: Any) -> object:
         caches.append(snapshot(cache))
-        return add(self, cache, since)
+        return ask(backbone, cache, *given)
 
-    monkeypatch.setattr(Rows, "add", watched)
+    monkeypatch.setattr(quality, "_ask", watched)
     return caches
 
 
@@ -154,9 +154,7 @@ def test_an_attack_is_one_more_leak_question(backbone: Backbone) -> None:
     context, (tokenized,) = cut(backbone, case)
     cache = backbone.prefill(remaining(context, tokenized))
     alone = attack_cache(backbone, cache, True, attack)
-    said = backbone.tokenizer.decode(
-        greedy(backbone, cache, alone.prompt, pool.CONFESSION_TOKENS), skip_special_tokens=True
-    )
+    said = backbone.tokenizer.decode(greedy(backbone, cache, alone.prompt, CONFESSION_TOKENS), skip_special_tokens=True)
     exact = result.methods["recompute"].answers[-1]
     assert (exact.prompt, exact.answer) == (alone.prompt_text, said) and said
     telling = replace(case, id="c", attack=replace(attack, secret=said))
@@ -168,69 +166,6 @@ def test_an_attack_is_one_more_leak_question(backbone: Backbone) -> None:
     # What the adversary got is what counts.
     assert of_all.leak == pytest.approx(leaks[1] - exacts[1]) and of_all.leak_rate == 0
     assert abs(of_all.leak - (sum(leaks) - sum(exacts)) / 2) > 1e-3
-
-
-# The pool
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows were scored at a time."""
-    sizes: list[int] = []
-    score = Rows.score
-
-    def counted(self: Rows, rows: range, *given: object) -> object:
-        sizes.append(len(rows))
-        return score(self, rows, *given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Rows, "score", counted)
-    return sizes
-
-
-def in_two_contexts(backbone: Backbone) -> list[tuple[TokenizedContext, list[TokenizedCase]]]:
-    """Five cases, one of them with an adversary; the second context is longer."""
-    attack = Attack(("", "Please."), ("The colour?", "Repeat it."), ("Now.",), SPAN, "blue", seed=1)
-    longer = [
-        replace(case, id=f"{case.id}2", context=f"{CONTEXT} The boat was towed in by two tugs from the other side.")
-        for case in three_cases(backbone)[:2]
-    ]
-    attacked = [replace(case, attack=attack) for case in three_cases(backbone)[:1]]
-    return [cut(backbone, *attacked, *three_cases(backbone)[1:]), cut(backbone, *longer)]
-
-
-@pytest.mark.parametrize(("slots", "rows"), [(1, 1), (1_500, 2), (4_000, 4), (1_000_000, 4)])
-def test_however_many_wait_the_answers_are_the_same(
-    backbone: Backbone, passes: list[int], monkeypatch: pytest.MonkeyPatch, slots: int, rows: int
-) -> None:
-    contexts = in_two_contexts(backbone)
-    methods = [make_method(name).resolve(backbone) for name in (*METHODS, "erratum")]
-    alone = [
-        result for context, cases in contexts for case in cases
-        for result in measure_contexts(backbone, [(context, [case])], methods)
-    ]  # fmt: skip
-    passes.clear()
-    monkeypatch.setattr(pool, "ROW_SLOTS", slots)
-    memory = Memory()
-    for _ in range(2):
-        together = measure_contexts(backbone, contexts, methods, (), memory)
-        for one, other in zip(together, alone, strict=True):
-            assert replace(one, methods={}) == replace(other, methods={})
-            assert list(one.methods) == list(other.methods)
-            assert all(alike(of.answers, other.methods[name].answers) for name, of in one.methods.items())
-    # Where there is room, the edited caches of a case are asked in one pass, but for the reference and longer ones.
-    assert max(passes) == rows
-
-
-def test_caches_that_are_equal_are_asked_once(backbone: Backbone, passes: list[int]) -> None:
-    context, (case,) = cut(backbone, judged(backbone, bench_case()))
-    # All of the suffix is computed again.
-    methods = [make_method(name).resolve(backbone) for name in ("repair(500)", "mask", "repair(501)", "repair(502)")]
-    (result,) = measure_context(backbone, context, [case], methods)
-    # Unerased; the reference; then those that computed all of it, which are equal, and mask.
-    assert passes == [1, 1, 2]
-    first, *others = (result.methods[str(methods[place])] for place in (0, 2, 3))
-    assert all(one.answers == first.answers for one in others)
-    assert result.methods["mask"].answers != first.answers
 
 
 def test_what_is_given_to_measure_is_untouched(backbone: Backbone) -> None:

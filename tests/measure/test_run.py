@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import pytest
 from evaluation.plan import QualitySettings, make_cases, plan_suite
 from kveraser.errors import InputError
 from kveraser.measure import run as module
-from kveraser.measure import workers
 from kveraser.measure.case import BenchCase, Cell, LeftOut, TokenizedCase, TokenizedContext
 from kveraser.measure.quality import NOTICE_TOKENS
 from kveraser.measure.questions import Query
@@ -23,7 +22,7 @@ from kveraser.measure.run import run as run_cases
 from kveraser.methods import Method, make_method
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Text
-from tests.bench_cases import CELL, CONTEXT, alike, bench_case, untimed
+from tests.bench_cases import CELL, CONTEXT, bench_case, untimed
 from tests.tiny import POSITIONS, attach_random_eraser, tiny_backbone
 from tests.training import test_tasks
 from tests.training.test_train_data import HELD_OUT, PASSAGES
@@ -42,7 +41,6 @@ MADE = [
 ]
 """Six cases in three contexts, in which they are measured."""
 GROUPS = [["a", "b", "d"], ["c", "e"], ["f"]]
-InContext = tuple[TokenizedContext, Sequence[TokenizedCase]]
 ORDER = [name for group in GROUPS for name in group]
 CORPUS = [*PASSAGES, *HELD_OUT]
 
@@ -63,31 +61,25 @@ def heldout(cases: int = 2, **other: Any) -> list[BenchCase]:
     return make_cases(tiny_backbone().tokenizer, QualitySettings(plans=(plan,), seed=3), CORPUS)[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def context_by_context() -> Iterator[None]:
-    """Every context is a batch of its own, so that a run can be interrupted between them."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "CASES_TOGETHER", 1)
-        yield
-
-
 @pytest.fixture(scope="module")
-def whole(backbone: Backbone, context_by_context: None) -> list[CaseResult]:
+def whole(backbone: Backbone) -> list[CaseResult]:
     """An uninterrupted run."""
     return untimed(start(backbone).results)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The cases that are measured, batch by batch."""
+    """The cases that are measured, context by context."""
     groups: list[list[str]] = []
-    measure = workers.measure_contexts
+    measure = module.measure_context
 
-    def counted(backbone: Backbone, contexts: Sequence[InContext], *others: object) -> object:
-        groups.append([one.case.id for _, cases in contexts for one in cases])
-        return measure(backbone, contexts, *others)  # type: ignore[arg-type]
+    def counted(
+        backbone: Backbone, context: TokenizedContext, cases: Sequence[TokenizedCase], *others: object
+    ) -> object:
+        groups.append([one.case.id for one in cases])
+        return measure(backbone, context, cases, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workers, "measure_contexts", counted)
+    monkeypatch.setattr(module, "measure_context", counted)
     return groups
 
 
@@ -109,45 +101,17 @@ def test_cases_are_measured_context_by_context(
     assert start(backbone, tmp_path).seconds >= again.seconds > 0
 
 
-@pytest.mark.parametrize(
-    ("cases", "tokens", "batches"),
-    [
-        (1, 8192, GROUPS),
-        (3, 8192, [["a", "b", "d"], ["c", "e", "f"]]),
-        (4, 8192, [["a", "b", "d", "c", "e"], ["f"]]),
-        (99, 8192, [ORDER]),
-        (99, 1, GROUPS),
-    ],
-)
-def test_contexts_are_measured_together_as_far_as_they_may(
-    backbone: Backbone,
-    whole: list[CaseResult],
-    measured: list[list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    cases: int,
-    tokens: int,
-    batches: list[list[str]],
-) -> None:
-    monkeypatch.setattr(module, "CASES_TOGETHER", cases)
-    monkeypatch.setattr(module, "TOKENS_TOGETHER", tokens)
-    again = untimed(start(backbone).results)
-    assert measured == batches
-    for one, other in zip(again, whole, strict=True):
-        assert replace(one, methods={}) == replace(other, methods={}) and list(one.methods) == list(other.methods)
-        assert all(alike(of.answers, other.methods[name].answers) for name, of in one.methods.items())
-
-
 def test_a_case_of_every_cell_is_held_against_a_prefill_where_it_begins_and_where_it_ends(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[list[str]] = []
-    measure = workers.measure_contexts
+    measure = module.measure_context
 
     def watched(*given: Any) -> object:
-        checked.append([one.case.id for one in given[3]])
+        checked.append([one.case.id for one in given[4]])
         return measure(*given)
 
-    monkeypatch.setattr(workers, "measure_contexts", watched)
+    monkeypatch.setattr(module, "measure_context", watched)
     cells = [CELL, replace(CELL, depth=0.5), CELL, replace(CELL, depth=0.5), replace(CELL, depth=1.0), CELL]
     start(backbone, cases=[replace(case, cell=cell) for case, cell in zip(MADE, cells, strict=True)], methods=[])
     # a, b, d; then c, e; then f: the cells are 0, 0.5, 0.5; 0, 1; 0. Of the first, c is in between.
@@ -203,7 +167,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         if moment == "progress":
             progress = interrupted(lambda *_: None)
         elif moment == "measuring":
-            patched.setattr(workers, "measure_contexts", interrupted(workers.measure_contexts))
+            patched.setattr(module, "measure_context", interrupted(module.measure_context))
         else:
             patched.setattr(module, "_append", interrupted(module._append))
         if after < len(GROUPS) or moment == "progress":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -88,32 +89,61 @@ def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pai
 
 
 def greedy_together(
-    backbone: Backbone, cache: EditableCache, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    backbone: Backbone,
+    cache: EditableCache,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    drafts: Sequence[Sequence[Sequence[int]]] = (),
 ) -> list[list[int]]:
     """The greedy answers' tokens, without end tokens: as `greedy`, a step of all questions in one pass.
 
     The cache is left as it was. A question that reaches the last position stops there.
+
+    Args:
+        max_new_tokens: one limit for all questions, or one each.
+        drafts: of every question, likely answers. They change no answer: one pass verifies them all, and decoding
+            continues after the longest agreement. Questions must fit into the positions together with their limits.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts:
-        return answers
-    lane, ends = _Lanes(backbone, cache), end_tokens(backbone)
-    feed: dict[int, Sequence[int]] = dict(enumerate(prompts))
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    lanes, ends = _Lanes(backbone, cache), end_tokens(backbone)
+    answers = _agreed(backbone, cache, prompts, limits, drafts) if drafts else [list[int]() for _ in prompts]
+
+    def incomplete(place: int) -> bool:
+        answer, most = answers[place], backbone.max_positions
+        if not answer:
+            return limits[place] > 0
+        fits = most is None or lanes.start + len(prompts[place]) + len(answer) <= most
+        return fits and answer[-1] not in ends and len(answer) < limits[place]
+
+    feed = {place: [*prompt, *answers[place]] for place, prompt in enumerate(prompts) if incomplete(place)}
     with rewound(cache):
-        for _ in range(max_new_tokens):
-            lasts = [sum(map(len, [*feed.values()][: place + 1])) - 1 for place in range(len(feed))]
-            chosen = lane.append([feed.get(lane_of, ()) for lane_of in range(len(prompts))], lasts).argmax(dim=-1)
-            following = dict(zip(feed, chosen.tolist(), strict=True))
-            feed = {}
-            for place, token in following.items():
-                if token in ends:
-                    continue
+        while feed:
+            lasts = [length - 1 for length in accumulate(map(len, feed.values()))]
+            chosen = lanes.append([feed.get(place, ()) for place in range(len(prompts))], lasts).argmax(dim=-1)
+            for place, token in zip(feed, chosen.tolist(), strict=True):
                 answers[place].append(token)
-                if backbone.max_positions is None or lane.position_of(place) < backbone.max_positions:
-                    feed[place] = [token]
-            if not feed:
-                break
-            backbone.let_others_in()
+            feed = {place: answers[place][-1:] for place in feed if incomplete(place)}
+            if feed:
+                backbone.let_others_in()
+    return [[token for token in answer if token not in ends] for answer in answers]
+
+
+def _agreed(
+    backbone: Backbone,
+    cache: EditableCache,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    drafts: Sequence[Sequence[Sequence[int]]],
+) -> list[list[int]]:
+    """Of every question, the longest part of a draft that its greedy answer begins with, and the token after that."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    tried = [(place, list(draft[: limits[place] - 1])) for place, of in enumerate(drafts) for draft in of]
+    scores = score_together(backbone, cache, [(prompts[place], [*draft, 0]) for place, draft in tried])
+    for (place, draft), scored in zip(tried, scores, strict=True):
+        likeliest = scored.argmax(dim=-1).tolist()
+        agreed = next((number for number, token in enumerate(draft) if likeliest[number] != token), len(draft))
+        if agreed >= len(answers[place]):
+            answers[place] = likeliest[: agreed + 1]
     return answers
 
 

@@ -24,18 +24,13 @@ from kveraser.measure.case import (
     tokenize_context,
 )
 from kveraser.measure.environment import commit, environment
-from kveraser.measure.quality import EXACT, UNERASED, room
+from kveraser.measure.quality import EXACT, UNERASED, measure_context, positions_needed
 from kveraser.measure.results import CaseResult
 from kveraser.measure.rows import check_references, rows_of
-from kveraser.measure.workers import Loader, Work, measure_all, threads_of
 from kveraser.methods import Method
 from kveraser.model.backbone import Backbone
 
 CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
-CASES_TOGETHER = 8
-"""Contexts are measured together until they have as many cases: more, and a stopped run would lose more."""
-TOKENS_TOGETHER = 8192
-"""Most tokens of contexts that are measured together, since all their caches are held."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,6 @@ class QualityRun:
 
     Attributes:
         resumed: cases that an earlier stretch of the run had measured.
-        workers: processes that measured the others.
         commits: of the checkouts that measured, in order; empty where the package is installed.
         seconds: that measuring took, over all stretches of the run.
     """
@@ -73,18 +67,23 @@ class QualityRun:
     results: tuple[CaseResult, ...]
     left_out: tuple[LeftOut, ...]
     resumed: int = 0
-    workers: int = 1
     commits: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The cases of one context, and how far through their cell they stand."""
+    """The cases of one context.
+
+    Attributes:
+        order: place of the context among those of its cell, as a share of their number.
+        checked: cases whose exact reference is compared with a fresh prefill.
+    """
 
     context: TokenizedContext
     cases: tuple[TokenizedCase, ...]
     order: float
+    checked: tuple[TokenizedCase, ...] = ()
 
 
 def run(
@@ -95,20 +94,17 @@ def run(
     left_out: Sequence[LeftOut] = (),
     folder: Path | None = None,
     progress: Callable[[str, float], None] | None = None,
-    workers: int = 1,
-    load: Loader | None = None,
 ) -> QualityRun:
     """Measure all cases.
 
-    All are cut into tokens before the first is measured, so that what can't be measured is known at once. Cells
-    take turns: a run that is stopped has measured about the same share of each.
+    All are tokenized before the first is measured, so that cases that can't be measured are known at once. Cells take
+    turns: a run that is stopped has measured about the same share of each.
 
     Args:
-        methods: settled methods; `none` and `recompute` are measured in any case.
+        methods: resolved methods; `none` and `recompute` are always measured.
         cases, left_out: of `make_cases`.
         folder: where each finished case is appended to `cases.jsonl`; a run of the same settings goes on from there.
-        progress: called with what is being done, and the share that is done.
-        workers: processes; more than one need `load`, which loads the backbone in each of them.
+        progress: called with the name of the step and the share that is done.
 
     Raises:
         InputError: a case whose span is not in its context, no cell that fits into the backbone, a method given twice,
@@ -127,11 +123,12 @@ def run(
     if folder is not None:
         done, commits, before = _resume(folder, identity, names, cases, commits)
     resumed = len(done)
-    work = [one for one in _batches(groups) if any(case.case.id not in done for _, of in one.contexts for case in of)]
-    size = sum(_cost(group.context, group.cases, names) for group in groups)
-    finished = size - sum(_cost(*of_context, names) for one in work for of_context in one.contexts)
-    for one, results in measure_all(backbone, methods, work, workers, load):
-        finished += sum(_cost(*of_context, names) for of_context in one.contexts)
+    work = [group for group in groups if any(one.case.id not in done for one in group.cases)]
+    size = sum(_cost(group, names) for group in groups)
+    finished = size - sum(_cost(group, names) for group in work)
+    for group in work:
+        results = measure_context(backbone, group.context, group.cases, methods, group.checked)
+        finished += _cost(group, names)
         fresh = [result for result in results if result.id not in done]
         done |= {result.id: result for result in fresh}
         if folder is not None:
@@ -140,42 +137,14 @@ def run(
         report(f"{results[-1].cell}", finished / size)
     measured = tuple(done[one.case.id] for group in groups for one in group.cases)
     seconds = before + time.perf_counter() - started
-    return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), workers, commits, seconds)
+    return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), commits, seconds)
 
 
-def _cost(context: TokenizedContext, cases: Sequence[TokenizedCase], methods: Sequence[str]) -> int:
-    """About what a group takes, for the time that is left: a prefill, and for every case a suffix and its questions."""
-    asked = sum(len(one.prompt) + len(one.answer) for case in cases for one in case.asked)
-    suffixes = sum(len(context.tokens) - case.spans[0].end for case in cases)
-    return len(context.tokens) + suffixes + 2 * asked * len(methods)
-
-
-def _batches(groups: Sequence[_Group]) -> list[Work]:
-    """Contexts that are measured together, in order: neighbours of a cell, of much the same length."""
-    cells: dict[Cell, list[list[_Group]]] = defaultdict(list)
-    for group in groups:
-        batches = cells[group.cases[0].case.cell]
-        last = batches[-1] if batches else []
-        tokens = sum(len(one.context.tokens) for one in [*last, group])
-        if not last or sum(len(one.cases) for one in last) >= CASES_TOGETHER or tokens > TOKENS_TOGETHER:
-            batches.append([])
-        batches[-1].append(group)
-    ordered = sorted((batch for batches in cells.values() for batch in batches), key=lambda batch: batch[0].order)
-    cases = [[case for group in batch for case in group.cases] for batch in ordered]
-    places: dict[Cell, list[int]] = defaultdict(list)
-    for place, together in enumerate(cases):
-        for case in together:
-            places[case.case.cell].append(place)
-    work = []
-    for place, (batch, together) in enumerate(zip(ordered, cases, strict=True)):
-        # Of every cell one case where it begins and one where it ends: a fault may come with time.
-        ends = {
-            case.case.cell: case
-            for case in together
-            if place in (places[case.case.cell][0], places[case.case.cell][-1])
-        }
-        work.append(Work(tuple((group.context, group.cases) for group in batch), tuple(ends.values())))
-    return work
+def _cost(group: _Group, methods: Sequence[str]) -> int:
+    """Estimated cost of a group in tokens: a prefill, and for every case a suffix and its questions."""
+    asked = sum(len(one.prompt) + len(one.answer) for case in group.cases for one in case.asked)
+    suffixes = sum(len(group.context.tokens) - case.spans[0].end for case in group.cases)
+    return len(group.context.tokens) + suffixes + 2 * asked * len(methods)
 
 
 def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group], list[LeftOut]]:
@@ -192,7 +161,7 @@ def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group
             raise InputError(f"case {together[0].id}: {error}") from error
         tokenized = tuple(tokenize_case(backbone.tokenizer, context, case) for case in together)
         for one in tokenized:
-            needed[one.case.cell] = max(needed[one.case.cell], room(context, one))
+            needed[one.case.cell] = max(needed[one.case.cell], positions_needed(context, one))
         groups[together[0].cell].append(_Group(context, tokenized, 0.0))
     limit = backbone.max_positions
     long = {cell: size for cell, size in needed.items() if limit is not None and size > limit}
@@ -210,7 +179,21 @@ def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group
     if not kept:
         reasons = "; ".join(f"{one.cell}: {one.reason}" for one in left_out)
         raise InputError(f"there is nothing to measure ({reasons or 'no cases'}): give shorter lengths")
-    return sorted(kept, key=lambda group: group.order), left_out
+    return _with_checks(sorted(kept, key=lambda group: group.order)), left_out
+
+
+def _with_checks(groups: Sequence[_Group]) -> list[_Group]:
+    """Check a case of every cell in the first and in the last group with the cell: a fault may come with time."""
+    places: dict[Cell, list[int]] = defaultdict(list)
+    for place, group in enumerate(groups):
+        for case in group.cases:
+            places[case.case.cell].append(place)
+    ends = {(cell, place) for cell, found in places.items() for place in (found[0], found[-1])}
+    checked = [
+        {case.case.cell: case for case in group.cases if (case.case.cell, place) in ends}
+        for place, group in enumerate(groups)
+    ]
+    return [replace(group, checked=tuple(of.values())) for group, of in zip(groups, checked, strict=True)]
 
 
 def _identity(backbone: Backbone, methods: Sequence[Method], settings: RunSettings) -> dict[str, Any]:
@@ -344,8 +327,8 @@ def to_json(
         "settings": settings.to_json() | {"methods": [str(method) for method in methods]},
         **environment(backbone),
         "commits": list(measured.commits),
-        "workers": measured.workers,
-        "threads": threads_of(measured.workers) if measured.workers > 1 else torch.get_num_threads(),
+        "workers": 1,
+        "threads": torch.get_num_threads(),
         "seconds": measured.seconds,
         "resumed_cases": measured.resumed,
         "rows": [row.to_json() for row in rows],
