@@ -119,24 +119,25 @@ def run(
     done: dict[str, CaseResult] = {}
     checkout = commit()
     commits: tuple[str, ...] = (checkout,) if checkout else ()
-    identity, before, started = _identity(backbone, methods, settings), 0.0, time.perf_counter()
+    identity, seconds = _identity(backbone, methods, settings), 0.0
     if folder is not None:
-        done, commits, before = _resume(folder, identity, names, cases, commits)
+        done, commits, seconds = _resume(folder, identity, names, cases, commits)
     resumed = len(done)
     work = [group for group in groups if any(one.case.id not in done for one in group.cases)]
     size = sum(_cost(group, names) for group in groups)
     finished = size - sum(_cost(group, names) for group in work)
     for group in work:
+        started = time.perf_counter()
         results = measure_context(backbone, group.context, group.cases, methods, group.checked)
+        seconds += time.perf_counter() - started
         finished += _cost(group, names)
         fresh = [result for result in results if result.id not in done]
         done |= {result.id: result for result in fresh}
         if folder is not None:
             _append(folder / CASES, fresh)
-            _write_header(folder, identity, commits, before + time.perf_counter() - started)
+            _write_header(folder, identity, commits, seconds)
         report(f"{results[-1].cell}", finished / size)
     measured = tuple(done[one.case.id] for group in groups for one in group.cases)
-    seconds = before + time.perf_counter() - started
     return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), commits, seconds)
 
 
