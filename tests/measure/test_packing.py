@@ -9,7 +9,7 @@ import torch
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import ContextLengthError
-from kveraser.measure.packing import greedy_together, pack, score_together
+from kveraser.measure.packing import greedy_start, greedy_together, pack, score_together
 from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import greedy, score
@@ -131,7 +131,10 @@ def test_drafts_save_steps_and_change_no_answer(backbone: Backbone, kind: str, m
         return logits(*given, **named)
 
     monkeypatch.setattr(Backbone, "logits", counted)
-    assert greedy_together(backbone, cache, PROMPTS, limits, drafts) == answers
+    pairs = [(prompt, (*draft, 0)) for prompt, of in zip(PROMPTS, drafts, strict=True) for draft in of]
+    starts = iter(map(greedy_start, (draft for of in drafts for draft in of), score_together(backbone, cache, pairs)))
+    begun = [max((next(starts)[:limit] for _ in of), key=len) for of, limit in zip(drafts, limits, strict=True)]
+    assert greedy_together(backbone, cache, PROMPTS, limits, begun) == answers
     # The token after the agreed part comes with the verification. The end of an answer is a token too.
     left = [min(limit, len(answer) + 1) - part - 1 for answer, limit, part in zip(answers, limits, agreed, strict=True)]
     assert len(passes) == 1 + max(0, *left) and (len(passes) == 1) == (kind not in ("half right", "wrong"))

@@ -93,7 +93,7 @@ def greedy_together(
     cache: EditableCache,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
-    drafts: Sequence[Sequence[Sequence[int]]] = (),
+    begun: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
     """The greedy answers' tokens, without end tokens: as `greedy`, a step of all questions in one pass.
 
@@ -101,12 +101,11 @@ def greedy_together(
 
     Args:
         max_new_tokens: one limit for all questions, or one each.
-        drafts: of every question, likely answers. They change no answer: one pass verifies them all, and decoding
-            continues after the longest agreement. Questions must fit into the positions together with their limits.
+        begun: of every question, the first tokens of its greedy answer where they are known, its end token included.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     lanes, ends = _Lanes(backbone, cache), end_tokens(backbone)
-    answers = _agreed(backbone, cache, prompts, limits, drafts) if drafts else [list[int]() for _ in prompts]
+    answers = [list(answer) for answer in begun] or [list[int]() for _ in prompts]
 
     def incomplete(place: int) -> bool:
         answer, most = answers[place], backbone.max_positions
@@ -128,23 +127,15 @@ def greedy_together(
     return [[token for token in answer if token not in ends] for answer in answers]
 
 
-def _agreed(
-    backbone: Backbone,
-    cache: EditableCache,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    drafts: Sequence[Sequence[Sequence[int]]],
-) -> list[list[int]]:
-    """Of every question, the longest part of a draft that its greedy answer begins with, and the token after that."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    tried = [(place, list(draft[: limits[place] - 1])) for place, of in enumerate(drafts) for draft in of]
-    scores = score_together(backbone, cache, [(prompts[place], [*draft, 0]) for place, draft in tried])
-    for (place, draft), scored in zip(tried, scores, strict=True):
-        likeliest = scored.argmax(dim=-1).tolist()
-        agreed = next((number for number, token in enumerate(draft) if likeliest[number] != token), len(draft))
-        if agreed >= len(answers[place]):
-            answers[place] = likeliest[: agreed + 1]
-    return answers
+def greedy_start(draft: Sequence[int], scores: torch.Tensor) -> list[int]:
+    """The first tokens of a greedy answer: the part of a draft that it agrees with, and the token after that.
+
+    Args:
+        scores: after every part of the draft, the empty and the whole one included, float `[draft + 1, vocabulary]`.
+    """
+    likeliest = scores.argmax(dim=-1).tolist()
+    agreed = next((number for number, token in enumerate(draft) if likeliest[number] != token), len(draft))
+    return likeliest[: agreed + 1]
 
 
 class _Lanes:

@@ -16,7 +16,7 @@ from kveraser.cache.editable import EditableCache
 from kveraser.measure.attack import Attacked, attack
 from kveraser.measure.audit import kl_divergence
 from kveraser.measure.case import Asked, TokenizedCase, TokenizedContext, context_id
-from kveraser.measure.packing import greedy_together, score_together
+from kveraser.measure.packing import greedy_start, greedy_together, score_together
 from kveraser.measure.questions import contains
 from kveraser.measure.results import Answered, CaseResult, Measured, Question
 from kveraser.methods import Method
@@ -137,16 +137,21 @@ def _ask(
     Args:
         earlier: replies of other caches. Most of the next are the same, which saves decoding steps.
     """
-    scores = score_together(backbone, cache, [(one.prompt, one.answer) for one in case.asked])
     judged = [one for one in case.asked if one.judged]
     prompts, limits = [one.prompt for one in judged], [answer_limit(one) for one in judged]
     attacked = None
     if case.case.attack is not None:
         attacked = attack(backbone, cache, context.turn_open, case.case.attack)
         prompts, limits = [*prompts, attacked.prompt], [*limits, CONFESSION_TOKENS]
-    drafts = [list(dict.fromkeys(of_prompt)) for of_prompt in zip(*(one.spoken for one in earlier), strict=True)]
-    answers = greedy_together(backbone, cache, prompts, limits, drafts)
-    return _Replies(scores, tuple(map(tuple, answers)), attacked)
+    forced = [(one.prompt, one.answer) for one in case.asked]
+    told = [(place, spoken) for one in earlier for place, spoken in enumerate(one.spoken)]
+    drafts = list(dict.fromkeys((place, spoken[: limits[place] - 1]) for place, spoken in told))
+    scores = score_together(backbone, cache, [*forced, *((prompts[place], (*draft, 0)) for place, draft in drafts)])
+    begun: list[list[int]] = [[] for _ in prompts]
+    for (place, draft), scored in zip(drafts, scores[len(forced) :], strict=True):
+        begun[place] = max(begun[place], greedy_start(draft, scored), key=len)
+    answers = greedy_together(backbone, cache, prompts, limits, begun)
+    return _Replies(scores[: len(forced)], tuple(map(tuple, answers)), attacked)
 
 
 def _answers(
