@@ -78,7 +78,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another hidden size": (
         other(hidden_size=48), r"lora_A of model.layers.0.self_attn.q_proj is \[16, 48\] instead of \[16, 32\]",
     ),
-    "another head size": (other(head_dim=8), r"lora_B of model.layers.0.self_attn.q_proj is \[32, 16\] instead of \[64, 16\]"),
+    "another head size": (other(head_dim=8), r"layers.0.self_attn.q_proj is \[32, 16\] instead of \[64, 16\]"),
     "more layers": (other(num_hidden_layers=4), "the backbone has no model.layers.3.*11 more differences"),
     "fewer layers": (other(num_hidden_layers=2), "the adapter has no lora_A for model.layers.2.self_attn.q_proj"),
     "another family": (

@@ -41,7 +41,7 @@ class Step:
     the number of buffers whose suffix has been moved, and the suffix of the next one while it is being moved.
     """
 
-    kind: Literal["overwrite", "drop", "truncate"]
+    kind: Literal["overwrite", "drop", "insert", "truncate"]
     start: int
     end: int
     length: int
@@ -339,7 +339,7 @@ class EditableCache(Cache):
 
     def _save(
         self,
-        kind: Literal["overwrite", "drop", "truncate"],
+        kind: Literal["overwrite", "drop", "insert", "truncate"],
         start: int,
         end: int,
         keys: bool = True,
@@ -389,6 +389,34 @@ class EditableCache(Cache):
         self._positions = torch.cat([self._positions[:start], self._positions[end:]])
         self._slot_to_token = torch.cat([self._slot_to_token[:start], self._slot_to_token[end:]])
         self._set_length(length - (end - start))
+
+    def insert(self, start: int, positions: torch.Tensor) -> None:
+        """Open slots at `start` for tokens at `positions` (float64 `[slots]`), to be overwritten; later slots move up.
+
+        Their states are undefined until then. Costs one move of the suffix.
+        """
+        count, length = positions.numel(), self.length
+        self.reserve(length + count)
+        step = self._save("insert", start, start)
+        step.end = start + count
+        self._exact_length = min(self._exact_length, start)
+        for index, buffer in enumerate(self._buffers()):
+            suffix = buffer[:, :, start:length].clone()
+            step.moved = (index, suffix)
+            buffer[:, :, start + count : length + count] = suffix
+            buffer[:, :, start : start + count] = 0
+        step.moved = (2 * len(self.layers), None)
+        assert self._journal is not None
+        self._journal.bytes_written += self._journal_bytes(length - start)
+        new, empty = positions.to(dtype=torch.float64, device="cpu"), torch.full((count,), NO_TOKEN)
+        self._positions = torch.cat([self._positions[:start], new, self._positions[start:]])
+        self._slot_to_token = torch.cat([self._slot_to_token[:start], empty, self._slot_to_token[start:]])
+        self._set_length(length + count)
+
+    def renumber(self, index: int, count: int) -> None:
+        """Add `count` to the token indices from `index` on: as many tokens were inserted into the text before them."""
+        tokens = self.slot_to_token
+        self._slot_to_token = torch.where(tokens >= index, tokens + count, tokens)
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer for layer in self.layers for buffer in (layer.keys, layer.values) if buffer is not None]
@@ -460,6 +488,8 @@ class EditableCache(Cache):
                 layer.reserve(step.length, exactly=True)
             if step.kind == "drop":
                 self._move_back(step)
+            elif step.kind == "insert":
+                self._close_up(step)
             self._set_length(step.length)
             for layer, old in zip(self.layers, step.states, strict=False):
                 for buffer, states in zip((layer.keys, layer.values), old, strict=True):
@@ -482,6 +512,15 @@ class EditableCache(Cache):
                 buffer[:, :, end:length] = buffer[:, :, start : length - (end - start)].clone()
             elif index == moved and moving is not None:
                 buffer[:, :, end:length] = moving
+
+    def _close_up(self, step: Step) -> None:
+        start, length = step.start, step.length
+        moved, moving = step.moved
+        for index, buffer in enumerate(self._buffers()):
+            if index < moved:
+                buffer[:, :, start:length] = buffer[:, :, step.end : length + step.end - start].clone()
+            elif index == moved and moving is not None:
+                buffer[:, :, start:length] = moving
 
     def wipe_unused(self) -> None:
         """Overwrite unused slots with zeros: they may hold states that edits and truncations removed."""

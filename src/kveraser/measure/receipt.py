@@ -89,6 +89,8 @@ class Receipt:
         audit: filled in by `Session.audit`.
         requested: the method asked for, with its parameters, where `recompute` ran in its place; else None.
         reason: why it did.
+        inserted: tokens inserted.
+        inserted_text: the text of each insertion.
     """
 
     method: str
@@ -105,6 +107,13 @@ class Receipt:
     audit: Audit | None = None
     requested: str | None = None
     reason: str | None = None
+    inserted: int = 0
+    inserted_text: tuple[str, ...] = ()
+
+    def moved(self, index: int, count: int) -> Receipt:
+        """A copy whose spans count `count` tokens more from token `index` on."""
+        spans = tuple((start + count, end + count) if start >= index else (start, end) for start, end in self.spans)
+        return self if spans == self.spans else replace(self, spans=spans)
 
     def with_audit(self, audit: Audit) -> Receipt:
         """A copy that carries `audit`."""

@@ -11,7 +11,7 @@ from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
 from kveraser.methods import Method, make_method
 from kveraser.model.backbone import Backbone
-from kveraser.text.spans import Span
+from kveraser.text.spans import Place, Span
 
 EXACT_SHARE = 0.75
 """A method that would run this share of the tokens that `recompute` runs is replaced by it: exact at that cost."""
@@ -31,17 +31,26 @@ class Plan:
 
 
 def plan_erase(
-    backbone: Backbone, cache: EditableCache, method: Method, targets: AbstractSet[int], force: bool = False
+    backbone: Backbone,
+    cache: EditableCache,
+    method: Method,
+    targets: AbstractSet[int],
+    force: bool = False,
+    inserted: int = 0,
 ) -> Plan:
     """Resolve `method` for an erase of `targets`; use `recompute` instead where it costs about the same.
 
     Args:
         targets: indices of the tokens to erase, as in `cache.slot_to_token`.
         force: keep `method` whatever `recompute` costs.
+        inserted: tokens that every method has to run besides.
 
     Raises:
         EraserError, RotationError: see `Method.resolve`.
+        MethodError: it can't insert.
     """
+    if inserted and not method.inserts:
+        raise MethodError(f"{method} can't insert text: use recompute, shift, repair, follow or selective")
     resolved, runs = method.resolve(backbone), _runs(cache, targets)
     if force or resolved.is_reference or not runs:
         return Plan(resolved)
@@ -58,34 +67,66 @@ def plan_erase(
     return Plan(make_method("recompute").resolve(backbone), reason)
 
 
-def erase_tokens(
-    backbone: Backbone, cache: EditableCache, method: Method, tokens: Sequence[int], targets: AbstractSet[int]
+@dataclass(frozen=True)
+class Edit:
+    """Tokens to erase and tokens to put in their place, by their indices in the text; one of the two may be empty.
+
+    The new tokens follow the erased ones in the text.
+    """
+
+    targets: AbstractSet[int]
+    inserted: range = range(0)
+
+
+def edit_tokens(
+    backbone: Backbone, cache: EditableCache, method: Method, tokens: Sequence[int], edits: Sequence[Edit]
 ) -> int:
-    """Erase `targets` from the cache, the first run of slots first. Needs an open `cache.edit()`.
+    """Apply edits to the cache, the first run of slots first. Needs an open `cache.edit()`.
 
     Args:
         method: a resolved method.
-        tokens: ids of all tokens of the text, erased ones included.
-        targets: indices in `tokens` of those to erase.
+        tokens: ids of all tokens of the text, erased and inserted ones included.
 
     Returns:
         Tokens run through the backbone.
 
     Raises:
-        MethodError: the method left erased tokens in the cache.
+        MethodError: the method can't insert, or left erased tokens in the cache.
     """
+    targets = frozenset[int]().union(*(edit.targets for edit in edits))
     recomputed = 0
-    while runs := _runs(cache, targets):
-        run = runs[0]
-        erased = set(cache.slot_to_token[run.start : run.end].tolist())
-        # Methods that recompute must not run the tokens of the other spans again.
-        readable = [
-            NO_TOKEN if index in targets and index not in erased else token for index, token in enumerate(tokens)
-        ]
-        recomputed += method(backbone, cache, readable, run)
-        if not erased.isdisjoint(cache.slot_to_token.tolist()):
-            raise MethodError(f"{method} left tokens of the span {run} in the cache: choose another method")
+    for edit in edits:
+        inserted: Sequence[int] = edit.inserted
+        while (runs := _runs(cache, edit.targets)) or inserted:
+            run = runs[0] if runs else _place(cache, edit.inserted.start)
+            erased = set(cache.slot_to_token[run.start : run.end].tolist())
+            # Methods that recompute must not run the tokens of the other spans again.
+            readable = [
+                NO_TOKEN if index in targets and index not in erased else token for index, token in enumerate(tokens)
+            ]
+            if inserted:
+                recomputed += method.replace(backbone, cache, readable, run, inserted)
+            else:
+                recomputed += method(backbone, cache, readable, run)
+            held = set(cache.slot_to_token.tolist())
+            if not erased.isdisjoint(held) or not held.issuperset(inserted):
+                raise MethodError(f"{method} left tokens of the span {run} in the cache: choose another method")
+            inserted = ()
     return recomputed
+
+
+def erase_tokens(
+    backbone: Backbone, cache: EditableCache, method: Method, tokens: Sequence[int], targets: AbstractSet[int]
+) -> int:
+    """Erase `targets` (indices in `tokens`) from the cache; see `edit_tokens`."""
+    return edit_tokens(backbone, cache, method, tokens, [Edit(targets)])
+
+
+def _place(cache: EditableCache, index: int) -> Place:
+    """The slot before which token `index` of the text goes: after the last slot of an earlier token."""
+    earlier = [slot for slot, token in enumerate(cache.slot_to_token.tolist()) if NO_TOKEN != token < index]
+    slot = earlier[-1] + 1 if earlier else 0
+    return Place(slot, slot)
 
 
 def _runs(cache: EditableCache, targets: AbstractSet[int]) -> list[Span]:

@@ -33,6 +33,7 @@ class Method(ABC):
     moves_keys: ClassVar[bool] = False
     removes_text: ClassVar[bool] = True
     is_reference: ClassVar[bool] = False
+    inserts: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
@@ -51,6 +52,20 @@ class Method(ABC):
         Raises:
             KVEraserError: the method can't serve this backbone or cache.
         """
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
+        """As `__call__`, and put tokens in the span's place.
+
+        Args:
+            span: may be a `Place`: nothing is erased then, and the tokens go before that slot.
+            inserted: indices in `tokens` of the tokens to insert.
+
+        Raises:
+            MethodError: the method only erases.
+        """
+        raise MethodError(f"{self} can't insert text: use recompute, shift, repair, follow or selective")
 
     @abstractmethod
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
@@ -101,6 +116,33 @@ def slot_tokens(cache: EditableCache, tokens: Sequence[int]) -> list[int]:
 def clear_tokens(cache: EditableCache, span: Span) -> None:
     """Mark the slots of `span` as holding no token of the text."""
     cache.set_tokens(span.start, [NO_TOKEN] * len(span))
+
+
+def position_of(cache: EditableCache, slot: int) -> int:
+    """The position of a token that would take the place of the one in `slot`."""
+    return ceil(float(cache.positions[slot])) if slot < cache.length else cache.next_position
+
+
+def insert_tokens(
+    backbone: Backbone, cache: EditableCache, tokens: Sequence[int], slot: int, position: int, inserted: Sequence[int]
+) -> int:
+    """Run tokens in new slots at `slot`, at positions from `position` on; later slots keep their states and positions.
+
+    Args:
+        tokens: ids by index in the text.
+        inserted: indices of the tokens to insert.
+
+    Returns:
+        Tokens run.
+    """
+    if not inserted:
+        return 0
+    end = position + len(inserted)
+    following = max(cache.next_position, end)
+    cache.insert(slot, torch.arange(position, end, dtype=torch.float64))
+    cache.set_tokens(slot, inserted)
+    cache.set_next_position(following)
+    return recompute_window(backbone, cache, slot_tokens(cache, tokens), slot, len(inserted))
 
 
 def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: int) -> None:

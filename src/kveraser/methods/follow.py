@@ -37,12 +37,21 @@ class Follow(Method):
     def __post_init__(self) -> None:
         check_widths(self.name, self.window, self.per_span, self.overlap)
 
+    inserts = True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
-        ids = slot_tokens(cache, tokens)
-        chosen = [slot - len(span) for slot in most_contaminated(ids, span, *self.widths(len(span)))]
-        Shift()(backbone, cache, tokens, span)
-        recompute_scattered(backbone, cache, ids[: span.start] + ids[span.end :], span.start, chosen)
-        return len(chosen)
+        return self.replace(backbone, cache, tokens, span, ())
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
+        ids, new = slot_tokens(cache, tokens), [tokens[index] for index in inserted]
+        widths = self.widths(max(len(span), len(inserted)))
+        moved = len(inserted) - len(span)
+        chosen = [slot + moved for slot in most_contaminated(ids, span, *widths, new)]
+        shifted = Shift().replace(backbone, cache, tokens, span, inserted)
+        recompute_scattered(backbone, cache, slot_tokens(cache, tokens), span.start + len(inserted), chosen)
+        return shifted + len(chosen)
 
     def resolve(self, backbone: Backbone) -> Self:
         # Some attention implementations don't take the mask of scattered tokens: refused before the pass.

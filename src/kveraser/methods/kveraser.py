@@ -43,11 +43,31 @@ class KVEraser(Method):
         if self.layout is not None and self.layout not in LAYOUTS:
             raise MethodError(f"{self.name}: {unknown_layout(self.layout)}")
 
+    inserts = True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        return self.replace(backbone, cache, tokens, span, ())
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
+        """The new tokens run in the span's first slots, with the eraser off; the others are steered."""
         layout = LAYOUTS[self.resolve(backbone).layout or "keep"]
+        count = len(inserted)
+        if count > len(span) or (count and layout.moves_suffix):
+            raise MethodError(
+                f"{self.name} can put {count} tokens in the place of {len(span)} only by layout keep, and no more than "
+                "it erases: use follow or recompute"
+            )
+        if count:
+            cache.set_tokens(span.start, inserted)
+            recompute_window(backbone, cache, slot_tokens(cache, tokens), span.start, count)
+            if count == len(span):
+                return count
+            span = Span(span.start + count, span.end)
         store = CacheStore(backbone, cache, slot_tokens(cache, tokens), span)
         layout.write(store, backbone.require_eraser().extras)
-        return store.states
+        return count + store.states
 
     def resolve(self, backbone: Backbone) -> KVEraser:
         trained = backbone.require_eraser().settings

@@ -19,7 +19,9 @@ CARRIED = 0.8
 """Share of the previous token's score that is added to a token's own: text after a repetition depends on it."""
 
 
-def most_contaminated(tokens: Sequence[int], span: Span, window: int, overlap: int) -> list[int]:
+def most_contaminated(
+    tokens: Sequence[int], span: Span, window: int, overlap: int, inserted: Sequence[int] = ()
+) -> list[int]:
     """Slots after the span to recompute: the first `window`, and the `overlap` others with the highest scores.
 
     A token that also occurs in the span scores the squared log of its inverse frequency in the context, plus a share of
@@ -27,13 +29,15 @@ def most_contaminated(tokens: Sequence[int], span: Span, window: int, overlap: i
 
     Args:
         tokens: the token id in every slot, negative where there is none.
+        inserted: ids of the tokens that take the span's place, whose repetitions count too.
 
     Returns:
         At most `window + overlap` slots, increasing.
     """
     erased = tokens[span.start : span.end]
-    counts, pairs = Counter(tokens), set(pairwise(erased))
-    rarity = {token: log(len(tokens) / counts[token]) ** 2 for token in erased if token >= 0}
+    counts, pairs = Counter([*tokens, *inserted]), {*pairwise(erased), *pairwise(inserted)}
+    total = len(tokens) + len(inserted)
+    rarity = {token: log(total / counts[token]) ** 2 for token in (*erased, *inserted) if token >= 0}
     scores: dict[int, float] = {}
     carried = 0.0
     for slot in range(span.end, len(tokens)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kveraser.cache.editable import NO_TOKEN, EditableCache
-from kveraser.methods.base import Method, slot_tokens
+from kveraser.methods.base import Method
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
@@ -24,14 +24,18 @@ class Recompute(Method):
     source = "the exact reference"
     is_reference = True
 
+    inserts = True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
+        return self.replace(backbone, cache, tokens, span, ())
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
         start = min(span.start, cache.exact_length)
-        held = zip(cache.slot_to_token.tolist(), slot_tokens(cache, tokens), strict=True)
-        kept = [
-            (index, token)
-            for slot, (index, token) in enumerate(held)
-            if slot >= start and not span.start <= slot < span.end and token != NO_TOKEN
-        ]
+        held = cache.slot_to_token.tolist()
+        order = [*held[start : span.start], *inserted, *held[span.end :]]
+        kept = [(index, tokens[index]) for index in order if index != NO_TOKEN and tokens[index] != NO_TOKEN]
         cache.truncate(start)
         # Slots before `start` are exact, so slot and position agree there.
         cache.set_next_position(start)

@@ -33,9 +33,17 @@ class Repair(Method):
     def __post_init__(self) -> None:
         check_widths(self.name, self.window, self.per_span)
 
+    inserts = True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
-        Shift()(backbone, cache, tokens, span)
-        return recompute_window(backbone, cache, slot_tokens(cache, tokens), span.start, self.width(len(span)))
+        return self.replace(backbone, cache, tokens, span, ())
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
+        shifted = Shift().replace(backbone, cache, tokens, span, inserted)
+        ids, start = slot_tokens(cache, tokens), span.start + len(inserted)
+        return shifted + recompute_window(backbone, cache, ids, start, self.width(max(len(span), len(inserted))))
 
     def width(self, span: int) -> int:
         """Suffix tokens that are recomputed after a span of `span` tokens."""

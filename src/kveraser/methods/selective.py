@@ -38,19 +38,24 @@ class Selective(Method):
         if type(self.ratio) not in (int, float) or not 0 < self.ratio <= 1:
             raise MethodError(f"selective: ratio is {self.ratio!r}, but it must be above 0 and at most 1")
 
+    inserts = True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
-        Shift()(backbone, cache, tokens, span)
-        ids = slot_tokens(cache, tokens)
-        live = torch.tensor(
-            [slot for slot in range(span.start, cache.length) if ids[slot] != NO_TOKEN], dtype=torch.long
-        )
+        return self.replace(backbone, cache, tokens, span, ())
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
+        shifted = Shift().replace(backbone, cache, tokens, span, inserted)
+        ids, start = slot_tokens(cache, tokens), span.start + len(inserted)
+        live = torch.tensor([slot for slot in range(start, cache.length) if ids[slot] != NO_TOKEN], dtype=torch.long)
         if live.numel() == 0:
-            return 0
+            return shifted
         if backbone.layers <= PROBED_LAYER:
             raise MethodError(
                 f"selective needs at least 2 layers, {backbone.name} has {backbone.layers}: use repair(32)"
             )
-        probe = ProbingCache(backbone.layers, PROBED_LAYER, cache, span.start)
+        probe = ProbingCache(backbone.layers, PROBED_LAYER, cache, start)
         with suppress(StopForward):
             backbone.forward([ids[slot] for slot in live.tolist()], probe, cache.positions[live])
         assert probe.captured is not None
@@ -59,7 +64,7 @@ class Selective(Method):
         deviation = (values - old[:, :, live.to(old.device)]).float().square().sum(dim=(0, 1, 3))
         count = ceil(self.ratio * live.numel())
         selected = live[deviation.topk(count).indices.sort().values.cpu()]
-        with cache.overwriting_scattered(span.start, selected):
+        with cache.overwriting_scattered(start, selected):
             # The pass below attends to the new states of the probed layer.
             cache.write_layer(PROBED_LAYER, live, keys, values)
             backbone.forward(
@@ -68,7 +73,7 @@ class Selective(Method):
                 cache.positions[selected],
                 attention_mask=backbone.attention_mask(torch.arange(cache.length)[None, :] <= selected[:, None]),
             )
-        return count + ceil(live.numel() * PROBED_LAYER / backbone.layers)
+        return shifted + count + ceil(live.numel() * PROBED_LAYER / backbone.layers)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return ceil(self.ratio * suffix)

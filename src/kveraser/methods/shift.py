@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Method, close_gap
+from kveraser.methods.base import Method, close_gap, insert_tokens, position_of
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
@@ -22,11 +21,18 @@ class Shift(Method):
     source = "llama.cpp seq_rm + seq_add, https://github.com/ggml-org/llama.cpp"
     moves_keys = True
 
+    inserts = True
+
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
-        position = ceil(float(cache.positions[span.start]))
+        return self.replace(backbone, cache, tokens, span, ())
+
+    def replace(
+        self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
+    ) -> int:
+        position = position_of(cache, span.start)
         cache.drop(span.start, span.end)
-        close_gap(backbone, cache, span.start, position)
-        return 0
+        close_gap(backbone, cache, span.start, position + len(inserted))
+        return insert_tokens(backbone, cache, tokens, span.start, position, inserted)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kveraser.cache.editable import NO_TOKEN, EditableCache
+from kveraser.errors import InputError
 from kveraser.measure import audit as measure
 from kveraser.measure.audit import ANSWER_TOKENS, PreparedProbe, References
 from kveraser.measure.probes import Probe, default_probes, default_secrets
@@ -20,8 +21,8 @@ from kveraser.text.tokenized import tokenize
 
 
 def make_references(state: SessionState, progress: Progress | None = None) -> References:
-    """Prefill the live tokens, and all tokens with the erased ones: what an audit compares with."""
-    exact, unerased = state.live_tokens, state.transcript.tokens
+    """Prefill the live tokens, and the tokens before all edits: the references of an audit."""
+    exact, unerased = state.live_tokens, state.transcript.original
     done = 0
 
     def advance(tokens: int, _: int) -> None:
@@ -49,6 +50,8 @@ def audit(
     transcript, tokenizer = state.transcript, state.backbone.tokenizer
     if probes is None:
         last = state.receipts[-1]
+        if not last.spans:
+            raise InputError("nothing was erased that default probes could be made of: give probes")
         body = bisect_left(transcript.offsets, transcript.body_start, key=lambda offset: offset[0])
         before = transcript.live_text(min(body, last.spans[0][0]), last.spans[0][0])
         after = transcript.live_text(last.spans[-1][1], len(transcript.tokens))

@@ -1,11 +1,11 @@
-"""Erase spans from a session's cache, by a named method or by the cheapest one within a KL budget."""
+"""Edit a session: erase, replace and insert text by a named method, or by the cheapest one within a KL budget."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,33 +14,53 @@ from kveraser.measure.audit import References
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Receipt
 from kveraser.methods import METHODS, Method, make_method
-from kveraser.methods.apply import erase_tokens, plan_erase
+from kveraser.methods.apply import Edit, edit_tokens, plan_erase
 from kveraser.model.backbone import Backbone
 from kveraser.session.audit import audit, make_references
 from kveraser.session.state import SessionState
 from kveraser.text.spans import Span
+from kveraser.text.tokenized import TokenizedText
 
 
-def erase(
-    state: SessionState, spans: Sequence[Span], method: Method, undoable: bool = True, force: bool = False
+@dataclass(frozen=True)
+class Change:
+    """A change of the text: tokens to erase, text to put in their place; one of the two may be empty.
+
+    Attributes:
+        span: the tokens to erase; a `Place` erases none, and the text goes before it.
+    """
+
+    span: Span
+    text: TokenizedText | None = None
+
+
+def edit(
+    state: SessionState, changes: Sequence[Change], method: Method, undoable: bool = True, force: bool = False
 ) -> Receipt:
-    """Erase spans by a method; see `Session.erase`.
+    """Apply changes, in the order of the text, by a method; see `Session.erase`, `Session.replace`, `Session.insert`.
 
     Raises:
+        ContextLengthError: not enough positions for the inserted text.
         MethodError, EraserError, BackboneError: the session is as before.
     """
-    transcript, cache, targets = state.transcript, state.cache, _targets(state, spans)
-    plan = plan_erase(state.backbone, cache, method, targets, force)
+    cache = state.cache
+    inserted = sum(len(change.text.tokens) for change in changes if change.text is not None)
+    targets = _targets(state, [change.span for change in changes])
+    state.backbone.check_room(cache.next_position, inserted - len(targets))
+    plan = plan_erase(state.backbone, cache, method, targets, force, inserted)
     before = state.checkpoint()
     _synchronize(state.backbone)
     started = time.perf_counter()
     try:
         with cache.edit() as journal:
-            recomputed = erase_tokens(state.backbone, cache, plan.method, transcript.tokens, targets)
+            edits, spans = _write(state, changes)
+            transcript = state.transcript
+            recomputed = edit_tokens(state.backbone, cache, plan.method, transcript.tokens, edits)
             _synchronize(state.backbone)
             seconds = time.perf_counter() - started
-            for token in targets:
-                transcript.live[token] = False
+            for edited in edits:
+                for token in edited.targets:
+                    transcript.live[token] = False
             receipt = Receipt(
                 method=plan.method.name,
                 parameters=plan.method.given,
@@ -55,6 +75,8 @@ def erase(
                 next_position=cache.next_position,
                 requested=None if plan.reason is None else str(method),
                 reason=plan.reason,
+                inserted=inserted,
+                inserted_text=tuple(change.text.text for change in changes if change.text is not None),
             )
             state.receipts.append(receipt)
     except BaseException:
@@ -69,10 +91,43 @@ def erase(
     return receipt
 
 
-def erase_auto(
-    state: SessionState, spans: Sequence[Span], max_kl: float, probes: Sequence[Probe] | None, undoable: bool
+def erase(
+    state: SessionState, spans: Sequence[Span], method: Method, undoable: bool = True, force: bool = False
 ) -> Receipt:
-    """Erase by the cheapest method whose audit is within `max_kl`, in the end by `recompute`; see `Session.erase`.
+    """Erase spans by a method; see `Session.erase`."""
+    return edit(state, [Change(span) for span in spans], method, undoable, force)
+
+
+def _write(state: SessionState, changes: Sequence[Change]) -> tuple[list[Edit], list[Span]]:
+    """Put the new text into the transcript, and renumber the cache and earlier receipts.
+
+    Returns:
+        The edits, and the spans to erase, by the new indices.
+    """
+    transcript, edits, spans, moved = state.transcript, list[Edit](), list[Span](), 0
+    for change in changes:
+        start, end = change.span.start + moved, change.span.end + moved
+        targets = frozenset(token for token in range(start, end) if transcript.live[token])
+        if start < end:
+            spans.append(Span(start, end))
+        new = range(0)
+        if change.text is not None:
+            count = len(change.text.tokens)
+            transcript.insert(end, change.text.text, change.text.tokens, change.text.offsets, end - start)
+            state.cache.renumber(end, count)
+            state.receipts[:] = [receipt.moved(end, count) for receipt in state.receipts]
+            new, moved = range(end, end + count), moved + count
+        edits.append(Edit(targets, new))
+    if not any(edited.inserted for edited in edits):
+        # Adjacent runs of several spans are erased as one.
+        edits = [Edit(frozenset[int]().union(*(edited.targets for edited in edits)))]
+    return edits, spans
+
+
+def edit_auto(
+    state: SessionState, changes: Sequence[Change], max_kl: float, probes: Sequence[Probe] | None, undoable: bool
+) -> Receipt:
+    """Edit by the cheapest method whose audit is within `max_kl`, in the end by `recompute`; see `Session.erase`.
 
     Raises:
         MethodError: a negative budget, or no probe that measures influence.
@@ -82,9 +137,9 @@ def erase_auto(
     if probes is not None and all(probe.kind != "influence" for probe in probes):
         raise MethodError("auto chooses by probes of kind influence, and there is none: add a question as text")
     references: list[References] = []
-    for method in _candidates(state, spans):
+    for method in _candidates(state, changes):
         try:
-            receipt = erase(state, spans, method)
+            receipt = edit(state, changes, method)
         except KVEraserError:
             if method.is_reference:
                 raise
@@ -105,18 +160,20 @@ def erase_auto(
     return receipt
 
 
-def _candidates(state: SessionState, spans: Sequence[Span]) -> list[Method]:
+def _candidates(state: SessionState, changes: Sequence[Change]) -> list[Method]:
     """Methods that can serve, the cheapest first; the exact one last among equals."""
+    spans = [change.span for change in changes]
+    inserted = sum(len(change.text.tokens) for change in changes if change.text is not None)
     live, targets = state.transcript.live, _targets(state, spans)
     width = sum(sum(live[span.start : span.end]) for span in spans)
     prefix = sum(live[: spans[0].start])
     suffix = sum(live) - prefix - width
     candidates = []
     for name, kind in METHODS.items():
-        if kind.removes_text:
+        if kind.removes_text and (kind.inserts or not inserted):
             # A method that needs a missing eraser or rotary positions is no candidate, nor one as costly as exact.
             with suppress(EraserError, BackboneError):
-                plan = plan_erase(state.backbone, state.cache, make_method(name), targets)
+                plan = plan_erase(state.backbone, state.cache, make_method(name), targets, False, inserted)
                 if plan.reason is None:
                     candidates.append(plan.method)
     return sorted(candidates, key=lambda method: (method.estimate(prefix, width, suffix), method.is_reference))

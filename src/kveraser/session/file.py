@@ -167,6 +167,7 @@ def _transcript(fields: dict[str, Any]) -> Transcript:
         tokens=list(fields["tokens"]),
         offsets=[(start, end) for start, end in fields["offsets"]],
         live=list(fields["live"]),
+        inserted=list(fields["inserted"]),
         messages=[MessageRange(**message) for message in fields["messages"]],
         body_start=fields["body_start"],
     )
@@ -181,6 +182,7 @@ def _receipt(fields: dict[str, Any]) -> Receipt:
         | {
             "spans": tuple((start, end) for start, end in fields["spans"]),
             "text": tuple(fields["text"]),
+            "inserted_text": tuple(fields["inserted_text"]),
             "audit": audited,
         }
     )

@@ -21,12 +21,23 @@ from kveraser.model.decode import Decoding
 from kveraser.session import answer as answering
 from kveraser.session.answer import Answer
 from kveraser.session.audit import audit, make_references
-from kveraser.session.erase import erase, erase_auto
+from kveraser.session.erase import Change, edit, edit_auto
 from kveraser.session.file import load, save
 from kveraser.session.state import SessionState
 from kveraser.text import chat
-from kveraser.text.spans import Erasable, Span, Transcript, resolve
+from kveraser.text.spans import (
+    Erasable,
+    Selector,
+    Span,
+    Text,
+    Transcript,
+    in_turn,
+    margins,
+    place_of,
+    resolve,
+)
 from kveraser.text.template import ChatOptions, notices, special_notices
+from kveraser.text.tokenized import TokenizedText
 
 AUTO_PROBE_BUDGET = 0.02
 """Default KL budget of method="auto", nats per answer token."""
@@ -263,18 +274,97 @@ class Session:
             SpanError, MethodError, EraserError, BackboneError: the session is as before.
         """
         self.state.check_idle()
-        spans = resolve(self.transcript, what)
+        changes = [Change(span) for span in resolve(self.transcript, what)]
+        return self._edit(changes, method, parameters, max_kl, probes, undoable, force)
+
+    def replace(
+        self,
+        what: str | Selector,
+        text: str,
+        method: str | Method | None = None,
+        *,
+        max_kl: float | None = None,
+        probes: Sequence[str | Probe] | None = None,
+        undoable: bool = True,
+        force: bool = False,
+        **parameters: Any,
+    ) -> Receipt:
+        """Erase spans and put a text in the place of each; the exact reference is a prefill of the edited text.
+
+        Of a `Message` or a `ToolCall` the content is replaced and the turn stays. Indices of tokens, characters and
+        messages after the new text move. All other arguments and errors are those of `erase`.
+
+        Args:
+            what: a text or a selector of `kveraser.text.spans`, every match of it.
+            text: the new text; special tokens in it are text unless the session allows them.
+
+        Raises:
+            InputError: an empty text (that is `erase`).
+            ContextLengthError: more tokens than the backbone has positions.
+        """
+        self.state.check_idle()
+        if not isinstance(text, str) or not text:
+            raise InputError(f"the new text is {text!r}: give some text, or use erase")
+        selector = in_turn(Text(what) if isinstance(what, str) else what)
+        changes = []
+        for span in resolve(self.transcript, selector):
+            before, after = margins(self.transcript, selector, span)
+            changes.append(Change(span, self._added(before + text + after)))
+        return self._edit(changes, method, parameters, max_kl, probes, undoable, force)
+
+    def insert(
+        self,
+        position: int,
+        text: str,
+        method: str | Method | None = None,
+        *,
+        max_kl: float | None = None,
+        probes: Sequence[str | Probe] | None = None,
+        undoable: bool = True,
+        force: bool = False,
+        **parameters: Any,
+    ) -> Receipt:
+        """Insert a text into the context; the exact reference is a prefill of the edited text.
+
+        Indices of tokens, characters and messages after the new text move. All other arguments and errors are those of
+        `erase`.
+
+        Args:
+            position: in characters, counted as by `Characters`; it must be between two tokens.
+
+        Raises:
+            SpanError: outside the context, or inside a token.
+        """
+        self.state.check_idle()
+        place = place_of(self.transcript, position)
+        return self._edit([Change(place, self._added(text))], method, parameters, max_kl, probes, undoable, force)
+
+    def _added(self, text: str) -> TokenizedText:
+        """The tokens of a text that is put into the context."""
+        _warn(special_notices(self.backbone.tokenizer, {"the text": text}, self.options.allow_special))
+        return chat.added_text(self.backbone.tokenizer, text, self.options)
+
+    def _edit(
+        self,
+        changes: Sequence[Change],
+        method: str | Method | None,
+        parameters: Mapping[str, Any],
+        max_kl: float | None,
+        probes: Sequence[str | Probe] | None,
+        undoable: bool,
+        force: bool,
+    ) -> Receipt:
         if method == "auto":
             if parameters:
                 raise MethodError(f"auto chooses the parameters itself: leave out {sorted(parameters)}")
             budget = AUTO_PROBE_BUDGET if max_kl is None else max_kl
-            return erase_auto(self.state, spans, budget, None if probes is None else _probes(probes), undoable)
+            return edit_auto(self.state, changes, budget, None if probes is None else _probes(probes), undoable)
         if max_kl is not None or probes is not None:
             raise MethodError("max_kl and probes belong to method='auto': leave them out, or audit afterwards")
         if method is None and parameters:
             raise MethodError(f"parameters {sorted(parameters)} without a method: name the method they are for")
         chosen = default_method(self.backbone) if method is None else make_method(method, **parameters)
-        return erase(self.state, spans, chosen, undoable, force)
+        return edit(self.state, changes, chosen, undoable, force)
 
     def undo(self, steps: int = 1) -> None:
         """Take back the last `steps` erases, appends or kept answers; every bit is as it was.
@@ -319,7 +409,7 @@ class Session:
         chosen = None if probes is None else _probes(probes)
         if isinstance(secrets, str) or not all(isinstance(secret, str) for secret in secrets or ()):
             raise InputError(f"secrets is {secrets!r}: give a list of texts")
-        sizes = len(self.live_tokens), len(self.transcript.tokens)
+        sizes = len(self.live_tokens), len(self.transcript.original)
         if references is not None and (references.exact.length, references.unerased.length) != sizes:
             raise SessionError(
                 f"the references are of {references.exact.length} live tokens of {references.unerased.length}, "

@@ -16,21 +16,24 @@ from kveraser.text.tokenized import TokenizedText
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The sizes of a session at a step, which undo goes back to.
+    """A session at a step, which undo goes back to.
 
     Attributes:
         length: slots of the cache.
-        journal: of the erase that this step is; None for an append or a kept answer.
+        transcript: a copy.
+        journal: of the edit that this step is; None for an append or a kept answer.
     """
 
     length: int
-    live: tuple[bool, ...]
-    tokens: int
-    characters: int
-    messages: int
-    receipts: int
+    transcript: Transcript
+    receipts: tuple[Receipt, ...]
     turn_open: bool
     journal: Journal | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the transcript."""
+        return len(self.transcript.tokens)
 
 
 @dataclass
@@ -70,20 +73,15 @@ class SessionState:
             raise SessionError("an answer is being streamed: exhaust or close its generator first, or fork before")
 
     def checkpoint(self) -> Checkpoint:
-        """The sizes now."""
-        transcript = self.transcript
-        return Checkpoint(
-            self.cache.length, tuple(transcript.live), len(transcript.tokens), len(transcript.text),
-            len(transcript.messages), len(self.receipts), self.turn_open,
-        )  # fmt: skip
+        """The session as it is."""
+        return Checkpoint(self.cache.length, self.transcript.copy(), tuple(self.receipts), self.turn_open)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Forget what came after a checkpoint. The cache's own edits must have been reverted."""
+        """Go back to a checkpoint. The cache's own edits must have been reverted."""
         if self.cache.length > checkpoint.length:
             self.cache.truncate(checkpoint.length)
-        self.transcript.truncate(checkpoint.tokens, checkpoint.characters, checkpoint.messages)
-        self.transcript.live = list(checkpoint.live)
-        del self.receipts[checkpoint.receipts :]
+        self.transcript = checkpoint.transcript.copy()
+        self.receipts[:] = checkpoint.receipts
         self.turn_open = checkpoint.turn_open
 
     def adopt(self, *texts: TokenizedText) -> None:
@@ -115,17 +113,10 @@ class SessionState:
             cache: the copy's cache. Default: a copy of this one.
         """
         self.check_idle()
-        transcript = self.transcript
         return replace(
             self,
             cache=self.cache.fork() if cache is None else cache,
-            transcript=replace(
-                transcript,
-                tokens=list(transcript.tokens),
-                offsets=list(transcript.offsets),
-                live=list(transcript.live),
-                messages=list(transcript.messages),
-            ),
+            transcript=self.transcript.copy(),
             receipts=list(self.receipts),
             history=list(self.history),
         )

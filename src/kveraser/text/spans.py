@@ -6,7 +6,7 @@ import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
@@ -52,17 +52,28 @@ class MessageRange:
     body_end: int | None = None
 
 
+@dataclass(frozen=True)
+class Place(Span):
+    """An empty range: the token or slot before which text is inserted."""
+
+    def __post_init__(self) -> None:
+        if self.start != self.end:
+            raise SpanError(f"the place [{self.start}, {self.end}) is not empty: give a Span")
+
+
 @dataclass
 class Transcript:
-    """Everything a session has read or said, in order; it is only ever appended to.
+    """Everything a session has read or said, in order.
 
-    Indices of tokens, characters and messages never change: an erase marks tokens, it does not renumber.
+    An erase marks tokens and changes no index. Inserted text moves the indices of the tokens, characters and messages
+    after it.
 
     Attributes:
         text: all text, special tokens included as text.
         tokens: token ids.
         offsets: for every token its `(start, end)` in `text`, in characters; both non-decreasing.
         live: for every token whether it has not been erased.
+        inserted: for every token whether an edit put it in: the text before all edits is without those.
         messages: the chat messages, in order.
         body_start: where the user's own text begins, in characters; what a chat template puts in front of it is
             neither searched nor counted.
@@ -72,6 +83,7 @@ class Transcript:
     tokens: list[int] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
     live: list[bool] = field(default_factory=list)
+    inserted: list[bool] = field(default_factory=list)
     messages: list[MessageRange] = field(default_factory=list)
     body_start: int = 0
 
@@ -82,11 +94,50 @@ class Transcript:
         self.tokens += tokens
         self.offsets += [(base + start, base + end) for start, end in offsets]
         self.live += [True] * len(tokens)
+        self.inserted += [False] * len(tokens)
+
+    def insert(
+        self, index: int, text: str, tokens: Sequence[int], offsets: Sequence[tuple[int, int]], replaced: int = 0
+    ) -> None:
+        """Insert `text` with its tokens before token `index`.
+
+        Args:
+            offsets: of the tokens in `text`.
+            replaced: how many tokens before `index` the text takes the place of; a message that ends with them ends
+                with the text.
+        """
+        place = self.offsets[index - 1][1] if index else 0
+        anchor = self.offsets[index - replaced][0] if replaced else place
+        size, count = len(text), len(tokens)
+        moved = [(start + size, end + size) for start, end in self.offsets[index:]]
+        self.text = self.text[:place] + text + self.text[place:]
+        self.offsets[index:] = [(place + start, place + end) for start, end in offsets] + moved
+        self.tokens[index:index] = tokens
+        self.live[index:index] = [True] * count
+        self.inserted[index:index] = [True] * count
+        self.messages[:] = [_widened(message, anchor, place, size) for message in self.messages]
+
+    def copy(self) -> Transcript:
+        """An independent copy."""
+        return replace(
+            self,
+            tokens=list(self.tokens),
+            offsets=list(self.offsets),
+            live=list(self.live),
+            inserted=list(self.inserted),
+            messages=list(self.messages),
+        )
+
+    @property
+    def original(self) -> list[int]:
+        """Ids of the tokens before all edits: erased ones included, inserted ones not."""
+        return [token for token, inserted in zip(self.tokens, self.inserted, strict=True) if not inserted]
 
     def truncate(self, tokens: int, characters: int, messages: int) -> None:
         """Go back to an earlier length."""
         self.text = self.text[:characters]
-        del self.tokens[tokens:], self.offsets[tokens:], self.live[tokens:], self.messages[messages:]
+        del self.tokens[tokens:], self.offsets[tokens:], self.live[tokens:], self.inserted[tokens:]
+        del self.messages[messages:]
 
     def live_text(self, start: int, end: int) -> str:
         """The text of the live tokens among tokens `[start, end)`."""
@@ -332,6 +383,47 @@ def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
     return merge(spans)
 
 
+def in_turn(selector: Selector) -> Selector:
+    """The selector of what a message says, its turn kept, where `selector` is of a message."""
+    return replace(selector, keep_turn=True) if isinstance(selector, Message | ToolCall) else selector
+
+
+def margins(transcript: Transcript, selector: Selector, span: Span) -> tuple[str, str]:
+    """The characters of `span` before and after those that the selector names, which snapping added."""
+    text = transcript.text_of(span)
+    if isinstance(selector, Text):
+        start = text.find(selector.text)
+        named = (start, start + len(selector.text)) if start >= 0 else (0, len(text))
+    elif isinstance(selector, Pattern):
+        match = re.search(selector.pattern, text)
+        named = match.span() if match else (0, len(text))
+    elif isinstance(selector, Characters):
+        first = transcript.offsets[span.start][0] - transcript.body_start
+        named = max(0, selector.start - first), selector.end - first
+    else:
+        named = 0, len(text)
+    return text[: named[0]], text[named[1] :]
+
+
+def place_of(transcript: Transcript, position: int) -> Place:
+    """The token before which a text at character `position`, counted as by `Characters`, is inserted.
+
+    Raises:
+        SpanError: outside the context, or inside a token.
+    """
+    character, length = transcript.body_start + position, len(transcript.text)
+    if not transcript.body_start <= character <= length:
+        raise SpanError(f"the character {position} lies outside the context, which has {length} characters")
+    token = bisect_left(transcript.offsets, character, key=lambda offset: offset[0])
+    if token and transcript.offsets[token - 1][1] > character:
+        start, end = transcript.offsets[token - 1]
+        raise SpanError(
+            f"the character {position} lies inside the token {transcript.text[start:end]!r}: insert at "
+            f"{start - transcript.body_start} or {end - transcript.body_start}"
+        )
+    return Place(token, token)
+
+
 def merge(spans: Iterable[Span]) -> list[Span]:
     """Spans in order, joined where they overlap or touch."""
     merged: list[Span] = []
@@ -435,6 +527,26 @@ def _message_span(transcript: Transcript, index: int, keep_turn: bool) -> Span:
             + ("erase the whole turn" if message.own_turn else "erase it by text")
         )
     return transcript.snap(message.content_start, message.content_end)
+
+
+def _widened(message: MessageRange, anchor: int, place: int, size: int) -> MessageRange:
+    """A message after `size` characters were inserted at `place` in the message that holds the character `anchor`."""
+
+    def moved(start: int | None, end: int | None) -> tuple[int | None, int | None]:
+        if start is None or end is None:
+            return start, end
+        if start <= anchor <= end and place <= end and (anchor < end or start == end or anchor == place):
+            return start, end + size
+        return (start + size, end + size) if start >= place else (start, end)
+
+    start, end = moved(message.start, message.end)
+    content_start, content_end = moved(message.content_start, message.content_end)
+    body_start, body_end = moved(message.body_start, message.body_end)
+    assert start is not None and end is not None and content_start is not None and content_end is not None
+    return replace(
+        message, start=start, end=end, content_start=content_start, content_end=content_end,
+        body_start=body_start, body_end=body_end,
+    )  # fmt: skip
 
 
 def _shorten(text: str, limit: int = 60) -> str:
