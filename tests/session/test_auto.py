@@ -31,13 +31,13 @@ def session(backbone: Backbone) -> Session:
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the methods that a session runs, as it runs them."""
     names: list[str] = []
-    inside = erasing.erase
+    inside = erasing.edit
 
-    def record(state: Any, spans: Any, method: Any) -> Any:
+    def record(state: Any, changes: Any, method: Any) -> Any:
         names.append(method.name)
-        return inside(state, spans, method)
+        return inside(state, changes, method)
 
-    monkeypatch.setattr(erasing, "erase", record)
+    monkeypatch.setattr(erasing, "edit", record)
     return names
 
 
