@@ -49,10 +49,10 @@ def conversation(texts: int) -> Session:
     return Session(tiny_backbone(chat=True), messages=messages)
 
 
-def test_every_selector_of_the_readme_erases() -> None:
-    (block,) = (block for block in BLOCKS if "occurrence=2" in block)
-    imports, *lines = (line for line in block.splitlines() if line.strip())
-    assert len(lines) >= 6
+def test_every_selector_and_edit_of_the_readme_works() -> None:
+    selectors, edits = (next(block for block in BLOCKS if mark in block) for mark in ("occurrence=2", ".insert("))
+    imports, *lines = (line for line in (selectors + edits).splitlines() if line.strip())
+    assert len(lines) >= 10
     names: dict[str, Any] = {}
     exec(imports, names)
     assert set(names) - {"__builtins__"} <= set(kveraser.__all__)
@@ -60,4 +60,5 @@ def test_every_selector_of_the_readme_erases() -> None:
         session = conversation(2 if "occurrence" in line else 1)
         before = session.text
         exec(line, names | {"session": session})
-        assert session.receipts[-1].erased > 0 and session.text != before, line
+        receipt = session.receipts[-1]
+        assert receipt.erased + receipt.inserted > 0 and session.text != before, line
