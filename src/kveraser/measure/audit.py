@@ -61,10 +61,10 @@ class References:
 
 def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
     """Sum over places of KL(exact || other), in nats, from log-probabilities `[answer, vocabulary]`."""
-    return float(_kl_by_place(exact, other).sum())
+    return float(kl_by_place(exact, other).sum())
 
 
-def _kl_by_place(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def kl_by_place(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """float64 `[answer]`."""
     probabilities, difference = exact.double().exp(), exact.double() - other.double()
     # What the exact reference rules out adds nothing, even where the other rules it out as well.
@@ -160,7 +160,7 @@ def _measure(
     def distances(cache: EditableCache) -> list[list[float]]:
         """KL(exact || cache) at every token of every probe's answer, in nats."""
         pairs = zip(exact, scores(cache), strict=True)
-        return [_kl_by_place(reference, other).tolist() for reference, other in pairs]
+        return [kl_by_place(reference, other).tolist() for reference, other in pairs]
 
     unerased = references.remember(("unerased", prompts, answers), lambda: distances(references.unerased))
     holes: Sequence[float | None] = [None] * len(probes)
@@ -171,7 +171,7 @@ def _measure(
     for place, (prepared, edited_scores) in enumerate(zip(probes, scores(edited), strict=True)):
         answer = answers[place]
         places, forced = torch.arange(len(answer)), torch.tensor(answer)
-        kls = _kl_by_place(exact[place], edited_scores).tolist()
+        kls = kl_by_place(exact[place], edited_scores).tolist()
         said, said_exact = (
             backbone.tokenizer.decode(tokens, skip_special_tokens=True)
             for tokens in (replies[place], exact_replies[place])

@@ -13,6 +13,7 @@ import torch
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError, MethodError, SessionError
 from kveraser.measure.audit import ANSWER_TOKENS, References
+from kveraser.measure.influence import Influence, MessageInfluence, measure_influence
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Audit, Receipt
 from kveraser.methods import Method, default_method, make_method
@@ -27,9 +28,11 @@ from kveraser.session.state import SessionState
 from kveraser.text import chat
 from kveraser.text.spans import (
     Erasable,
+    Message,
     Selector,
     Span,
     Text,
+    Tokens,
     Transcript,
     in_turn,
     margins,
@@ -248,6 +251,7 @@ class Session:
         probes: Sequence[str | Probe] | None = None,
         undoable: bool = True,
         force: bool = False,
+        dependents: float | None = None,
         **parameters: Any,
     ) -> Receipt:
         """Erase spans from the live cache.
@@ -265,6 +269,7 @@ class Session:
             undoable: keep the old states for `undo`. False keeps nothing to undo with, this step or any earlier one;
                 buffer slots that the erase freed hold their old bits until they are written again.
             force: run the named method even where exact recomputation costs the same: for measurements.
+            dependents: erase later messages too, whose `influence` by the spans is above this, in nats per token.
             parameters: the method's parameters by name.
 
         Returns:
@@ -274,7 +279,15 @@ class Session:
             SpanError, MethodError, EraserError, BackboneError: the session is as before.
         """
         self.state.check_idle()
-        changes = [Change(span) for span in resolve(self.transcript, what)]
+        spans = resolve(self.transcript, what)
+        if dependents is not None:
+            if not dependents >= 0:
+                raise InputError(f"dependents is {dependents!r}: give a KL of at least 0 nats per token")
+            above = self.influence(what).above(dependents)
+            spans = resolve(
+                self.transcript, [*(Tokens(span.start, span.end) for span in spans), *map(self._turn, above)]
+            )
+        changes = [Change(span) for span in spans]
         return self._edit(changes, method, parameters, max_kl, probes, undoable, force)
 
     def replace(
@@ -378,7 +391,32 @@ class Session:
         """An independent session over a copy of the cache; a change to one never touches the other."""
         return type(self)(state=self.state.fork())
 
-    # Auditing
+    # Measuring
+
+    def influence(self, what: Erasable, progress: Progress | None = None) -> Influence:
+        """Measure how much spans changed each later message and token, in nats per token.
+
+        The live text after the spans is scored on a prefill with them and on one without, which costs two prefills.
+        Messages that were answered from a wrong span still carry it after its erase; `erase(..., dependents=)` erases
+        them too.
+
+        Args:
+            what: as of `erase`.
+            progress: called with tokens done and in all.
+
+        Raises:
+            SpanError: as of `erase`.
+            ContextLengthError: more live tokens than the backbone has positions.
+        """
+        self.state.check_idle()
+        live = self.transcript.live
+        spans = resolve(self.transcript, what)
+        targets = {token for span in spans for token in range(span.start, span.end) if live[token]}
+        return measure_influence(self.backbone, self.transcript, targets, progress)
+
+    def _turn(self, influenced: MessageInfluence) -> Message:
+        """The selector of a whole message, or of its content where the template gives it no turn of its own."""
+        return Message(influenced.message, keep_turn=not self.transcript.messages[influenced.message].own_turn)
 
     def references(self, progress: Progress | None = None) -> References:
         """Prefill the live tokens afresh, and all tokens, erased ones included: what audits compare with."""
