@@ -62,3 +62,10 @@ def test_every_selector_and_edit_of_the_readme_works() -> None:
         exec(line, names | {"session": session})
         receipt = session.receipts[-1]
         assert receipt.erased + receipt.inserted > 0 and session.text != before, line
+
+
+def test_the_influence_example_prints_later_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (block for block in BLOCKS if "influence(" in block)
+    session = conversation(1)
+    exec(block, {"session": session, "ToolCall": kveraser.ToolCall})
+    assert len(capsys.readouterr().out.splitlines()) >= 3 and session.receipts[-1].erased > 0
