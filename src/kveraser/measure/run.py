@@ -29,6 +29,7 @@ from kveraser.measure.results import CaseResult
 from kveraser.measure.rows import check_references, rows_of
 from kveraser.methods import Method
 from kveraser.model.backbone import Backbone
+from kveraser.model.linear import packed_weights
 
 CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
 
@@ -126,17 +127,18 @@ def run(
     work = [group for group in groups if any(one.case.id not in done for one in group.cases)]
     size = sum(_cost(group, names) for group in groups)
     finished = size - sum(_cost(group, names) for group in work)
-    for group in work:
-        started = time.perf_counter()
-        results = measure_context(backbone, group.context, group.cases, methods, group.checked)
-        seconds += time.perf_counter() - started
-        finished += _cost(group, names)
-        fresh = [result for result in results if result.id not in done]
-        done |= {result.id: result for result in fresh}
-        if folder is not None:
-            _append(folder / CASES, fresh)
-            _write_header(folder, identity, commits, seconds)
-        report(f"{results[-1].cell}", finished / size)
+    with packed_weights(backbone.model):
+        for group in work:
+            started = time.perf_counter()
+            results = measure_context(backbone, group.context, group.cases, methods, group.checked)
+            seconds += time.perf_counter() - started
+            finished += _cost(group, names)
+            fresh = [result for result in results if result.id not in done]
+            done |= {result.id: result for result in fresh}
+            if folder is not None:
+                _append(folder / CASES, fresh)
+                _write_header(folder, identity, commits, seconds)
+            report(f"{results[-1].cell}", finished / size)
     measured = tuple(done[one.case.id] for group in groups for one in group.cases)
     return QualityRun(measured, tuple([*left_out, *too_long]), min(resumed, len(measured)), commits, seconds)
 
