@@ -142,6 +142,8 @@ results-serving: $(BACKBONE)
 	@echo "Measuring: the server"
 	@$(BIN)/python -m evaluation serve --json >docs/results/serving.json.part
 	@mv docs/results/serving.json.part docs/results/serving.json
+	@$(BIN)/python -m tests.stress --json >docs/results/stress.json.part
+	@mv docs/results/stress.json.part docs/results/stress.json
 	@$(BIN)/python -m evaluation tables
 
 # From source: there is no wheel of it. Needs cmake and a C++ compiler.

@@ -268,7 +268,7 @@ def _fidelities(result: Mapping[str, Any], column: str, heading: str) -> str:
 
 
 def serving_table(result: Mapping[str, Any]) -> str:
-    """Every figure of `python -m evaluation serve` that has a bar."""
+    """Every figure of `python -m evaluation serve` or `python -m tests.stress` that has a bar."""
     lines = ["| measure | figure | value | bar | held |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         value = "-" if row["value"] is None else f"{row['value']:.4g}"
@@ -335,7 +335,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "documents": ("longqa", partial(recovered_table, suite="longqa")),
     "frontier": ("frontier", frontier_table),
     "serving": ("serving", serving_table),
-    "serving_load": ("serving", serving_load_table),
+    "stress": ("stress", serving_table),
+    "serving_load": ("stress", serving_load_table),
     "serving_soak": ("serving-soak", serving_table),
 }
 """By name: the result file, and what renders it."""

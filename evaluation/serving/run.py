@@ -1,4 +1,4 @@
-"""All measurements of a server, each on one of its own, and what they come to against the bars."""
+"""Measures what a server gains from edited histories and from streams at once, each on a server of its own."""
 
 from __future__ import annotations
 
@@ -8,38 +8,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.serving import crashes, history, soak, streams
+from evaluation.serving import history, streams
 from evaluation.serving.server import Server, ServerSettings
 from kveraser.errors import InputError
 from kveraser.measure.environment import environment
 from kveraser.model.backbone import Backbone
 
-MEASURES = ("history", "streams", "soak", "crashes")
+MEASURES = ("history", "streams")
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What is measured, and how."""
+    """How the measurements run."""
 
     history: history.HistorySettings
     streams: streams.StreamSettings
-    soak: soak.SoakSettings
-    crashes: crashes.CrashSettings
 
 
 @dataclass
 class Measured:
-    """What was measured; None for what was not asked for."""
+    """Results; None for measurements that were not asked for."""
 
     history: history.HistoryResult | None = None
     streams: streams.StreamResult | None = None
-    soak: soak.SoakResult | None = None
-    crashes: crashes.CrashResult | None = None
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure, what it is to be, and whether it is."""
+    """A figure, its bar, and whether the bar is held."""
 
     measure: str
     figure: str
@@ -58,48 +54,43 @@ def run(
     """Measure servers of `server`'s model, one after the other.
 
     Args:
-        backbone: the same model in this process: for the tokenizer, and to run alone what the servers did together.
+        backbone: the same model in this process, for the tokenizer.
 
     Raises:
-        InputError: no such measurement, a client that is not installed, or a server that does not start.
-        MeasurementError: a server that breaks off.
+        InputError: an unknown measurement, a client that is not installed, or a server that does not start.
+        MeasurementError: a server that ends during a measurement.
     """
-    unknown = [name for name in measures if name not in MEASURES]
+    check_measures(measures, MEASURES)
+    measured, report = Measured(), progress or (lambda _: None)
+    with tempfile.TemporaryDirectory(prefix="kveraser-serve-") as root:
+        if "history" in measures:
+            report("history: starting a server")
+            with Server(server, Path(root)) as running:
+                measured.history = history.measure(
+                    running, backbone, settings.history, server.method, lambda step: report(f"history: {step}")
+                )
+        if "streams" in measures:
+            report("streams: starting a server")
+            with Server(server, Path(root)) as running:
+                measured.streams = streams.measure(running, settings.streams, lambda step: report(f"streams: {step}"))
+    return measured
+
+
+def check_measures(measures: Sequence[str], known: Sequence[str]) -> None:
+    """Check that measurements exist, and that the clients they need are installed.
+
+    Raises:
+        InputError: they don't, or aren't.
+    """
+    unknown = [name for name in measures if name not in known]
     if unknown or not measures:
-        raise InputError(f"no measurement {unknown[0] if unknown else ''!r}: there are {', '.join(MEASURES)}")
+        raise InputError(f"no measurement {unknown[0] if unknown else ''!r}: there are {', '.join(known)}")
     try:
         import httpx2  # noqa: F401
         import openai  # noqa: F401
         import prometheus_client  # noqa: F401
     except ImportError as error:
         raise InputError(f"the benchmark needs {error.name}: pip install 'kveraser[serve,bench]'") from error
-    report = progress or (lambda _: None)
-    measured = Measured()
-
-    def told(name: str) -> Callable[[str], None]:
-        return lambda step: report(f"{name}: {step}")
-
-    with tempfile.TemporaryDirectory(prefix="kveraser-serve-") as root:
-        for name in MEASURES:
-            if name not in measures:
-                continue
-            folder = Path(root) / name
-            folder.mkdir()
-            report(f"{name}: starting a server")
-            if name == "crashes":
-                measured.crashes = crashes.measure(server, folder, backbone, settings.crashes, told(name))
-            elif name == "soak":
-                with Server(server.shared(settings.soak.memory, settings.soak.clients), folder) as running:
-                    measured.soak = soak.measure(running, backbone, settings.soak, told(name))
-            else:
-                with Server(server, folder) as running:
-                    if name == "history":
-                        measured.history = history.measure(
-                            running, backbone, settings.history, server.method, told(name)
-                        )
-                    else:
-                        measured.streams = streams.measure(running, settings.streams, told(name))
-    return measured
 
 
 def bars(measured: Measured) -> list[Bar]:
@@ -113,20 +104,6 @@ def bars(measured: Measured) -> list[Bar]:
     if (several := measured.streams) is not None:
         figure = f"times one stream's tokens a second, of {several.rows[-1].streams}"
         found.append(_least("streams", figure, several.ratio, several.bar))
-    if (soaked := measured.soak) is not None:
-        found += [
-            _none("soak", "errors", soaked.errors),
-            _none("soak", "differences from the same operations alone", soaked.differences),
-            Bar(
-                "soak", "most memory of contexts, MiB", soaked.most_held / 2**20,
-                f"at most {soaked.memory_budget / 2**20:g}", soaked.most_held <= soaked.memory_budget,
-            ),
-        ]  # fmt: skip
-    if (crashed := measured.crashes) is not None:
-        found += [
-            _none("crashes", "wrong sessions", crashed.wrong),
-            _none("crashes", "faults before a kill", len(crashed.faults)),
-        ]
     return found
 
 
@@ -134,14 +111,10 @@ def _least(measure: str, figure: str, value: float, bar: float) -> Bar:
     return Bar(measure, figure, value, f"at least {bar:g}", value >= bar)
 
 
-def _none(measure: str, figure: str, count: int) -> Bar:
-    return Bar(measure, figure, float(count), "0", count == 0)
-
-
 def to_json(
     measured: Measured, backbone: Backbone, settings: dict[str, Any], measures: Sequence[str]
 ) -> dict[str, Any]:
-    """What was measured with all that is needed to read it: settings, versions, hardware."""
+    """Results with all that is needed to read them: settings, versions, hardware."""
     return {
         "command": "python -m evaluation serve",
         "settings": settings | {"measures": list(measures)},

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from evaluation.serving.operations import LIKELY, Done, Operation, Said
 from kveraser.errors import KVEraserError, MeasurementError
 from kveraser.model.backbone import Backbone
 from kveraser.serve.embedded import TransformersEngine
@@ -19,6 +18,7 @@ from kveraser.serve.engine import Sampling
 from kveraser.serve.exchange import Delta
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.service import Limits, Service
+from tests.stress.operations import LIKELY, Done, Operation, Said
 
 T = TypeVar("T")
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.serving.operations import Fault, LoadSettings, Worker
-from evaluation.serving.replay import Alone, Difference, Reference
+from evaluation.serving.run import Bar
 from evaluation.serving.server import Server, numbers
 from kveraser.model.backbone import Backbone
+from tests.stress.operations import Fault, LoadSettings, Worker
+from tests.stress.replay import Alone, Difference, Reference
 
 ALL = "all"
 WATCH_SECONDS = 0.2
@@ -188,6 +189,17 @@ def measure(
         requests_per_second=requests / seconds,
         answer_tokens_per_second=sum(worker.answer_tokens for worker in workers) / seconds,
     )
+
+
+def bars(result: SoakResult) -> list[Bar]:
+    """Every figure that has a bar."""
+    held, budget = result.most_held / 2**20, result.memory_budget / 2**20
+    different = result.differences
+    return [
+        Bar("soak", "errors", float(result.errors), "0", result.errors == 0),
+        Bar("soak", "differences from the same operations alone", float(different), "0", different == 0),
+        Bar("soak", "most memory of contexts, MiB", held, f"at most {budget:g}", held <= budget),
+    ]
 
 
 def _replayed(

@@ -11,7 +11,12 @@ from random import Random
 from threading import Event
 from typing import Any, Literal
 
-from evaluation.serving.operations import (
+from evaluation.serving.run import Bar
+from evaluation.serving.server import Server, ServerSettings
+from evaluation.serving.texts import QUESTIONS
+from kveraser.errors import KVEraserError
+from kveraser.model.backbone import Backbone
+from tests.stress.operations import (
     CHANGING,
     Done,
     Fault,
@@ -22,11 +27,7 @@ from evaluation.serving.operations import (
     ask,
     said_of,
 )
-from evaluation.serving.replay import Alone, Compared, Reference
-from evaluation.serving.server import Server, ServerSettings
-from evaluation.serving.texts import QUESTIONS
-from kveraser.errors import KVEraserError
-from kveraser.model.backbone import Backbone
+from tests.stress.replay import Alone, Compared, Reference
 
 State = Literal["back", "gone", "wrong"]
 SHOWN = 20
@@ -143,6 +144,15 @@ def measure(
         shown_wrong=tuple(wrong[:SHOWN]),
         faults=tuple(faults[:SHOWN]),
     )
+
+
+def bars(result: CrashResult) -> list[Bar]:
+    """Every figure that has a bar."""
+    faults = len(result.faults)
+    return [
+        Bar("crashes", "wrong sessions", float(result.wrong), "0", result.wrong == 0),
+        Bar("crashes", "faults before a kill", float(faults), "0", faults == 0),
+    ]
 
 
 def _done(workers: Sequence[Worker]) -> int:
