@@ -238,6 +238,24 @@ def test_several_spans_of_one_context_share_its_prefill(erasing: Backbone, monke
         assert difference(shared.suffix[1][0], alone.suffix[1][0]) < 1e-5
 
 
+def test_queries_that_begin_alike_run_their_common_tokens_once(erasing: Backbone) -> None:
+    (prompt, answer), second = CASE.queries
+    alike = replace(CASE, queries=((prompt, answer), ((*prompt, 9), second[1])))
+    run: list[int] = []
+    forward = erasing.model.base_model.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            erasing.model.base_model,
+            "forward",
+            lambda *arguments, **named: run.append(named["input_ids"].numel()) or forward(*arguments, **named),
+        )
+        prepared = prepare(erasing, [alike])
+    assert run[-1] == len(prompt) + len(answer) - 1 + 1 + len(second[1]) - 1
+    exact = erasing.prefill([*CASE.prefix, *CASE.suffix])
+    alone = torch.cat([score(erasing, exact, prompt, answer) for prompt, answer in alike.queries])
+    assert difference(prepared.teacher, alone) < 1e-5
+
+
 def test_a_case_whose_queries_weigh_nothing_has_no_loss(erasing: Backbone) -> None:
     harmless = replace(OTHER, kinds=("no_harm",))
     losses = case_losses(erasing, prepare(erasing, [CASE, harmless]), EraserSettings(), "kl", 0.0)

@@ -16,6 +16,7 @@ from kveraser.training.build import BuildSettings, build_cases
 from kveraser.training.cases import TokenizedCase
 from kveraser.training.cost import case_flops, case_shape, memory, model_shape
 from kveraser.training.distill import case_losses, prepare
+from kveraser.training.linear import COPIES
 from kveraser.training.plan import load_tokenizer, plan
 from kveraser.training.recipe import Recipe
 from tests.tiny import FAMILIES, attach_random_eraser, random_tokens, tiny_backbone
@@ -139,6 +140,9 @@ def test_a_plan_counts_steps_and_measures_this_machine(model: str, cases: Path) 
     assert planned.exact_tokens and planned.longest * 3 > planned.tokens_per_step > 3 * 50
     here, there = planned.estimates
     assert (here.precision, there.precision) == ("float32", "bfloat16")
+    # On a CPU, linear layers compute with packed copies of the weights.
+    assert here.memory[0].bytes in (4 * planned.parameters, 4 * COPIES * planned.parameters)
+    assert there.memory[0].bytes == 2 * planned.parameters
     total = sum(planned.flops_per_step.values())
     assert here.seconds_per_step == pytest.approx(total / here.flops_per_second)
     assert here.hours == pytest.approx(6 * here.seconds_per_step / 3600)

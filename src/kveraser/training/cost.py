@@ -182,19 +182,21 @@ def case_flops(shape: ModelShape, case: CaseShape, settings: EraserSettings) -> 
     }
 
 
-def memory(shape: ModelShape, case: CaseShape, settings: EraserSettings, width: int, batch: int = 1) -> list[Part]:
-    """Memory when the backward pass of `batch` such cases begins, by part, and last the sum.
+def memory(
+    shape: ModelShape, case: CaseShape, settings: EraserSettings, width: int, batch: int = 1, copies: int = 1
+) -> list[Part]:
+    """Memory at the start of the backward pass of `batch` such cases, by part; the last row is the total.
 
-    `weights`: `width` bytes each. `adapter`: `ADAPTER_BYTES` each. `kv`: the context as prefilled, what the steering
-    and repair passes see and make, and the edited context with the queries. `activations`: see `activation_bytes`.
-    `logits`: `LOGIT_COPIES` float32 values at every answer token.
+    `weights`: `copies` of the backbone, `width` bytes a value. `adapter`: `ADAPTER_BYTES` a parameter. `kv`: the
+    prefilled context, the states that the steering and repair passes read and write, and the edited context with the
+    queries. `activations`: see `activation_bytes`. `logits`: `LOGIT_COPIES` float32 values a logit.
     """
     steering, seen, window, edited = passes(case, settings)
     slots = (case.prefix + case.span + case.suffix) + (seen + steering) + (edited + case.queried)
     if window:
         slots += edited - case.suffix + window
     parts = {
-        "weights": shape.parameters * width,
+        "weights": copies * shape.parameters * width,
         "adapter": shape.trainable * ADAPTER_BYTES,
         "kv": batch * shape.kv_bytes(slots, width),
         "activations": batch * activation_bytes(shape, case, settings, width),

@@ -238,7 +238,9 @@ def log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
     """
     logits: torch.Tensor = backbone.model.get_output_embeddings()(hidden)
     config = backbone.model.config.get_text_config(decoder=True)
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    if scale != 1:
+        logits = logits * scale
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
@@ -276,7 +278,7 @@ def answer_hidden(
     Returns:
         Last hidden states where answer tokens are predicted, `[answer tokens of all queries of all cases, hidden]`.
     """
-    packs = [pack(pairs, slots, position) for pairs in queries]
+    packs = [pack(pairs, slots, position, shared=True) for pairs in queries]
     longest = max(len(packed.tokens) for packed in packs)
     tokens = torch.zeros(len(packs), longest, dtype=torch.long)
     positions = torch.full((len(packs), longest), position, dtype=torch.long)

@@ -28,6 +28,7 @@ from kveraser.training.distill import (
     shared_prefills,
     token_kl,
 )
+from kveraser.training.linear import pack_linear_layers
 from kveraser.training.log import Log, Progress
 from kveraser.training.prepared import PreparedStore
 from kveraser.training.processes import Processes
@@ -95,6 +96,8 @@ class _Run:
         self.steps = self.order.steps_per_epoch * recipe.epochs
         self.eraser = self._eraser()
         self.processes.shard(self.backbone)
+        if not self.processes.lockstep:
+            pack_linear_layers(self.backbone.model, self.processes.count)
         self.parameters = list(self.eraser.parameters().values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=optimizer.learning_rate, weight_decay=optimizer.weight_decay

@@ -19,6 +19,7 @@ from kveraser.training.batches import trimmed
 from kveraser.training.cases import Case, TokenizedCase, read_cases, tokenize
 from kveraser.training.cost import CaseShape, ModelShape, Part, case_flops, case_shape, memory, model_shape
 from kveraser.training.distill import case_losses, prepare
+from kveraser.training.linear import COPIES, pack_linear_layers
 from kveraser.training.recipe import Recipe
 
 SAMPLED_CASES = 1000
@@ -123,12 +124,13 @@ def plan(recipe: Recipe, config: str | None = None) -> Plan:
     phases = [case_flops(shape, one, settings) for one in shapes]
     flops = {phase: per_step * sum(one[phase] for one in phases) / len(phases) for phase in phases[0]}
     width = 4 if recipe.precision == "float32" else 2
-    rates = {f"{GPU} at {GPU_UTILIZATION:.0%}": (width, GPU_PEAK[width] * GPU_UTILIZATION)}
+    rates = {f"{GPU} at {GPU_UTILIZATION:.0%}": (width, 1, GPU_PEAK[width] * GPU_UTILIZATION)}
     if cut and (backbone := _at_hand(source, shape, recipe)) is not None:
         typical = sorted(zip(cut, shapes, strict=True), key=lambda pair: pair[1].tokens)[len(cut) // 2]
         width = backbone.model.dtype.itemsize
+        copies = COPIES if pack_linear_layers(backbone.model) else 1
         speed = sum(case_flops(shape, typical[1], settings).values()) / _seconds(backbone, typical[0], recipe, settings)
-        rates = {f"{backbone.device.type}, measured": (width, speed), **rates}
+        rates = {f"{backbone.device.type}, measured": (width, copies, speed), **rates}
     return Plan(
         backbone=recipe.backbone,
         parameters=shape.parameters,
@@ -144,12 +146,12 @@ def plan(recipe: Recipe, config: str | None = None) -> Plan:
             Estimate(
                 device=device,
                 precision="bfloat16" if width == 2 else "float32",
-                memory=memory(shape, longest, settings, width, min(per_batch, per_step)),
+                memory=memory(shape, longest, settings, width, min(per_batch, per_step), copies),
                 flops_per_second=speed,
                 seconds_per_step=sum(flops.values()) / speed,
                 hours=min(steps * sum(flops.values()) / speed / 3600, (recipe.max_minutes or math.inf) / 60),
             )
-            for device, (width, speed) in rates.items()
+            for device, (width, copies, speed) in rates.items()
         ],
     )
 
