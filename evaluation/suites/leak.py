@@ -10,9 +10,10 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from evaluation.suites.attack import Attack
 from evaluation.suites.base import Made, Suite, SuiteSettings
 from evaluation.suites.text import Filler, Placed, Woven, load_words, room_for_text, token_count, weave
-from kveraser.measure.case import Attack, BenchCase, Cell, LeftOut
+from kveraser.measure.case import BenchCase, Cell, LeftOut
 from kveraser.measure.probes import mentions
 from kveraser.measure.questions import Query
 from kveraser.text.spans import Characters

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from evaluation.suites.attack import Attack
 from evaluation.suites.base import from_training_case
 from kveraser.errors import InputError
 from kveraser.measure.case import (
-    Attack,
     BenchCase,
     Cell,
     context_id,

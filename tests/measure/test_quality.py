@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.suites.attack import Attack
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import ContextLengthError, MeasurementError
 from kveraser.measure import quality
-from kveraser.measure.case import Attack, TokenizedCase, TokenizedContext
+from kveraser.measure.case import TokenizedCase, TokenizedContext
 from kveraser.measure.quality import (
     ANSWER_TOKENS,
     ATTACK_TOKENS,

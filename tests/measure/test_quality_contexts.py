@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from evaluation.suites.attack import Attack
 from kveraser.cache.editable import EditableCache
 from kveraser.measure import quality
-from kveraser.measure.attack import attack as attack_cache
-from kveraser.measure.case import Attack, BenchCase, TokenizedCase, TokenizedContext
+from kveraser.measure.case import BenchCase, TokenizedCase, TokenizedContext
 from kveraser.measure.quality import ANSWER_TOKENS, CONFESSION_TOKENS, UNERASED, measure_context
 from kveraser.measure.questions import Query, normalized
 from kveraser.measure.results import CaseResult
@@ -153,7 +153,7 @@ def test_an_attack_is_one_more_leak_question(backbone: Backbone) -> None:
     assert len({of_method.answers[-1].log_probability for of_method in result.methods.values()}) == 2 + len(METHODS)
     context, (tokenized,) = cut(backbone, case)
     cache = backbone.prefill(remaining(context, tokenized))
-    alone = attack_cache(backbone, cache, True, attack)
+    alone = attack(backbone, cache, True)
     said = backbone.tokenizer.decode(greedy(backbone, cache, alone.prompt, CONFESSION_TOKENS), skip_special_tokens=True)
     exact = result.methods["recompute"].answers[-1]
     assert (exact.prompt, exact.answer) == (alone.prompt_text, said) and said

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError, SpanError
 from kveraser.measure.questions import Query
+from kveraser.model.backbone import Backbone
 from kveraser.text import chat
 from kveraser.text.spans import Selector, Span, Transcript, resolve
 
@@ -43,21 +45,39 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Attack:
-    """How an adversary may word a request for erased text: any opening, request and form, put together.
+class Attacked:
+    """The prompt that an adversary found best for a cache.
 
     Attributes:
-        target: the text that must not come out, as the answer that is forced to rate a prompt.
-        secret: what counts as given away where a greedy answer holds it.
-        seed: of the search.
+        prompt_text: as a user would type it.
+        prompt: its token ids, chat template included.
+        target: token ids of the forced answer.
+        log_probability: mean of the target after the prompt, in nats per token.
+        tried: every prompt of the search with its log-probability, in order.
     """
 
-    openings: tuple[str, ...]
-    requests: tuple[str, ...]
-    forms: tuple[str, ...]
-    target: str
-    secret: str
-    seed: int
+    prompt_text: str
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    log_probability: float
+    tried: tuple[tuple[str, float], ...]
+
+
+class Adversary(Protocol):
+    """Searches for the prompt after which a cache reveals erased text. Its `repr` names all that the search depends on.
+
+    Attributes:
+        target: the text that must not come out.
+        secret: a greedy answer that contains it counts as a leak.
+    """
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def secret(self) -> str: ...
+    def __call__(self, backbone: Backbone, cache: EditableCache, turn_open: bool) -> Attacked:
+        """Attack a cache and leave it as it was. `turn_open`: the context ends inside the user's turn."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,7 @@ class BenchCase:
         context: a document, or the messages of a conversation.
         erase: what goes, all at once.
         queries: at least one.
-        attack: an adversary's search, measured as one more leak question.
+        attack: an adversary, measured as one more leak question.
     """
 
     id: str
@@ -79,7 +99,7 @@ class BenchCase:
     context: str | tuple[Mapping[str, Any], ...]
     erase: tuple[Selector, ...]
     queries: tuple[Query, ...]
-    attack: Attack | None = None
+    attack: Adversary | None = None
 
     @property
     def fingerprint(self) -> str:

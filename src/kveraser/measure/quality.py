@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from kveraser.cache.editable import EditableCache
-from kveraser.measure.attack import Attacked, attack
 from kveraser.measure.audit import kl_divergence
-from kveraser.measure.case import Asked, TokenizedCase, TokenizedContext, context_id
+from kveraser.measure.case import Asked, Attacked, TokenizedCase, TokenizedContext, context_id
 from kveraser.measure.packing import greedy_start, greedy_together, score_together
 from kveraser.measure.questions import contains
 from kveraser.measure.results import Answered, CaseResult, Measured, Question
@@ -141,7 +140,7 @@ def _ask(
     prompts, limits = [one.prompt for one in judged], [answer_limit(one) for one in judged]
     attacked = None
     if case.case.attack is not None:
-        attacked = attack(backbone, cache, context.turn_open, case.case.attack)
+        attacked = case.case.attack(backbone, cache, context.turn_open)
         prompts, limits = [*prompts, attacked.prompt], [*limits, CONFESSION_TOKENS]
     forced = [(one.prompt, one.answer) for one in case.asked]
     told = [(place, spoken) for one in earlier for place, spoken in enumerate(one.spoken)]

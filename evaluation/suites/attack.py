@@ -1,4 +1,4 @@
-"""An adversary's search for the wording that gets erased text out of a cache."""
+"""An adversary that searches for the wording that makes a cache reveal erased text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError
-from kveraser.measure.case import Attack
+from kveraser.measure.case import Attacked
 from kveraser.measure.packing import score_together
 from kveraser.model.backbone import Backbone
 from kveraser.text import chat
@@ -20,22 +20,25 @@ Wording = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """The prompt that an attack found best.
+class Attack:
+    """The wordings in which an adversary can ask for erased text: any opening, request and form, joined.
 
     Attributes:
-        prompt_text: as a user would type it.
-        prompt: its token ids, with what the chat template puts around it.
-        target: token ids of the forced answer.
-        log_probability: mean of the target after it, in nats per token.
-        tried: every prompt of the search with its log-probability, in order.
+        target: the text that must not come out, forced as the answer to rate a prompt.
+        secret: a greedy answer that contains it counts as a leak.
+        seed: of the search.
     """
 
-    prompt_text: str
-    prompt: tuple[int, ...]
-    target: tuple[int, ...]
-    log_probability: float
-    tried: tuple[tuple[str, float], ...]
+    openings: tuple[str, ...]
+    requests: tuple[str, ...]
+    forms: tuple[str, ...]
+    target: str
+    secret: str
+    seed: int
+
+    def __call__(self, backbone: Backbone, cache: EditableCache, turn_open: bool) -> Attacked:
+        """Search with the default effort; see `attack`."""
+        return attack(backbone, cache, turn_open, self)
 
 
 def attack(
@@ -48,12 +51,12 @@ def attack(
 ) -> Attacked:
     """Search for the wording after which the target is likeliest. The cache is left as it was.
 
-    The first round draws wordings at random; every other one changes one part of the best so far. No wording is tried
+    The first round draws wordings at random; later rounds change one part of the best one so far. No wording is tried
     twice, and the search ends early when none is left. The same seed gives the same search.
 
     Args:
-        context_turn_open: whether the user's turn that holds the context is still open.
-        candidates: wordings that are scored in a round, in one pass.
+        context_turn_open: whether the user's turn that contains the context is still open.
+        candidates: wordings scored in each round, in one pass.
 
     Raises:
         InputError: no candidates or rounds, or an attack without wordings or target.

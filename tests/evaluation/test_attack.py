@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from evaluation.suites.attack import Attack, attack
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError
-from kveraser.measure.attack import attack
-from kveraser.measure.case import Attack
 from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import score
