@@ -25,7 +25,7 @@ def frontier(
     corpus: Corpus = None,
     picture: Annotated[Path | None, typer.Option(help="Where to write the figure. Default: into --output.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run: a line a case. One that was stopped goes on.")
+        Path | None, typer.Option(help="Folder of the run: a line a case. A stopped run continues there.")
     ] = None,
     seed: Seed = 0,
     model: Model = DEFAULT_MODEL,

@@ -32,9 +32,9 @@ def quality(
         str | None, typer.Option(help="Questions of longqa: files or hub datasets, separated by commas.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run: a line a case. One that was stopped goes on.")
+        Path | None, typer.Option(help="Folder of the run: a line a case. A stopped run continues there.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on: --output must hold a run already.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Only continue: --output must contain a run.")] = False,
     seed: Seed = 0,
     model: Model = DEFAULT_MODEL,
     eraser: EraserOption = SHIPPED,
@@ -49,7 +49,7 @@ def quality(
     from kveraser.training.corpus import read_passages
 
     if resume and (output is None or not (output / SETTINGS).is_file()):
-        raise typer.BadParameter(f"--resume needs a run to go on with, and {output or 'no --output'} holds none")
+        raise typer.BadParameter(f"--resume needs a run to continue, and {output or 'no --output'} contains none")
     count, case_file = None, None
     if cases is not None:
         try:

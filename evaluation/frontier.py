@@ -26,7 +26,7 @@ from kveraser.text.spans import Span
 
 SUITE = "heldout"
 LENGTHS, SPANS = (512, 2048, 7680), (64,)
-"""Of contexts and spans, in tokens. The bundled backbone has 8,192 positions: 7,680 leave room for the questions."""
+"""Of contexts and spans, in tokens. The bundled backbone has 8,192 positions, some of which the questions need."""
 METHODS = (
     "mask;zero_value;blank;shift;repair(8);repair(16);repair(32);repair(64);repair(128);repair(32, per_span=1.0);"
     "follow(8, 0.0, 0.25);follow(16, 0.0, 0.75);follow(32, 0.25, 0.75);follow(64, 0.5, 1.0);follow(128, 1.0, 1.0);"
@@ -43,8 +43,8 @@ NEED_CORPUS = ("facts",)
 
 @dataclass(frozen=True)
 class PositionGap(Method):
-    """The exact suffix at its old positions, behind the gap that the span leaves: what a perfect erase that keeps all
-    positions would reach. A bound to compare with, at the price of `recompute`."""
+    """Recompute the suffix at its old positions, which leaves a position gap: the bound of all methods that keep
+    positions, at the cost of `recompute`."""
 
     name = "position_gap"
     summary = "drop the span's states, recompute the suffix at its old positions"
@@ -64,7 +64,7 @@ class PositionGap(Method):
 
 
 def methods_of(names: str) -> list[Method]:
-    """The methods of a list separated by semicolons; `position_gap` is known here alone.
+    """The methods of a list separated by semicolons; `position_gap` exists only here.
 
     Raises:
         MethodError: see `make_method`.

@@ -60,7 +60,7 @@ def attack(
 
     Raises:
         InputError: no candidates or rounds, or an attack without wordings or target.
-        ContextLengthError: a prompt and the target do not fit behind the context.
+        ContextLengthError: a prompt and the target do not fit after the context.
     """
     if candidates < 1 or rounds < 1:
         raise InputError(f"an attack of {rounds} rounds of {candidates} candidates tries nothing: give at least 1 each")

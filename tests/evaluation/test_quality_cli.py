@@ -43,7 +43,7 @@ def test_the_command_prints_rows_and_resumes(run: Run, model: str, corpus: str, 
         "--spans", "40,200", "--cases", "1", "--output", str(output),
     )  # fmt: skip
     for unheld in (asked, asked[:-2]):
-        assert "--resume needs a run to go on with" in one_line(run(*unheld, *METHODS, "--resume"), cli.USAGE)
+        assert "--resume needs a run to continue" in one_line(run(*unheld, *METHODS, "--resume"), cli.USAGE)
     assert not output.exists()
     result = read(run(*asked, *METHODS, "--json"))
     assert [row["method"] for row in result["rows"][:4]] == ["none", "recompute", "mask", "shift"]

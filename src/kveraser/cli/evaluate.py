@@ -72,14 +72,14 @@ def evaluate(
 
 
 def chosen_methods(names: str | None) -> list[Method]:
-    """Methods by their names; without names, all that are compared."""
+    """Methods by their names; without names, `METHODS_COMPARED`."""
     from kveraser.methods import make_method
 
     return [make_method(name) for name in (METHODS_COMPARED if names is None else names).split(";") if name.strip()]
 
 
 def serving(methods: Sequence[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
-    """The settled methods, and of those that nobody named the reasons why they can't serve."""
+    """The resolved methods, and the reasons why others can't serve. A method that the user named raises instead."""
     if named:
         return [method.resolve(backbone) for method in methods], {}
     served, unserved = list["Method"](), dict[str, str]()

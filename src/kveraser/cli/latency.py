@@ -53,7 +53,7 @@ def time_methods(
     command: str,
     json_output: bool,
 ) -> None:
-    """Time methods and peers as the options of a command say, and print the result.
+    """Time methods and peers for a command, and print the result.
 
     Args:
         lengths: context lengths, separated by commas.
@@ -61,7 +61,7 @@ def time_methods(
         names: methods; None: every method that the backbone and its eraser can serve.
         loading: arguments of `load_backbone`.
         peers: other engines by name.
-        command: the command, for the result.
+        command: its name, for the result.
     """
     from kveraser.measure.latency import run, to_json
     from kveraser.methods import METHODS, make_method
@@ -75,16 +75,16 @@ def time_methods(
         # The cost of an adapter does not depend on what it has learned.
         backbone.eraser = Eraser.untrained(backbone.model)
         notes.append("timed with an untrained eraser of the paper's shape (rank 16, seven projections)")
-    settled = []
+    resolved = []
     for one in chosen:
         try:
-            settled.append(one.resolve(backbone))
+            resolved.append(one.resolve(backbone))
         except (EraserError, BackboneError) as error:
             if names:
                 raise
             notes.append(f"left out: {error}")
     with bar() as advance:
-        measured = run(backbone, settled, contexts, **settings, progress=advance, peers=list(peers.values()))
+        measured = run(backbone, resolved, contexts, **settings, progress=advance, peers=list(peers.values()))
     result = to_json(measured, backbone, {"lengths": list(contexts), **settings, "peers": list(peers)}, notes, command)
     if json_output:
         emit(result)

@@ -1,6 +1,6 @@
-"""What was forgotten and what leaks, measured against the exact reference (definitions: docs/measures.md).
+"""Measures fidelity and leaks of an erase against the exact reference. Definitions: docs/measures.md.
 
-The answers of three caches are compared under the same questions: *exact* (a fresh prefill without the span), *edited*
+Three caches answer the same questions: *exact* (a fresh prefill without the span), *edited*
 (the cache after the erase) and *unerased* (a fresh prefill with the span).
 """
 
@@ -28,12 +28,12 @@ ANSWER_TOKENS = 32
 LEAK_TOKENS = 64
 BOOTSTRAP_SAMPLES = 2000
 INSENSITIVE = 1e-6
-"""Below this KL, in nats per token, the probes do not feel the span at all, and a ratio to it means nothing."""
+"""Below this KL of the unerased cache, in nats per token, the span has no influence and fidelity is undefined."""
 
 
 @dataclass(frozen=True)
 class PreparedProbe:
-    """A probe as tokens: the prompt as it is appended to the cache, and the answer to force, if one is given."""
+    """A probe as tokens: the prompt that is appended to the cache, and the forced answer, if one is given."""
 
     probe: Probe
     prompt: tuple[int, ...]
@@ -42,9 +42,9 @@ class PreparedProbe:
 
 @dataclass(frozen=True)
 class References:
-    """The two fresh prefills that an audit compares with; they serve every erase of the same span.
+    """The two fresh prefills that an audit compares with. They can be reused for every erase of the same span.
 
-    What is computed from them once (answers, log-probabilities, the hole floor's cache) is remembered.
+    Answers, log-probabilities and the position-gap cache are computed once and kept.
     """
 
     exact: EditableCache
@@ -52,7 +52,7 @@ class References:
     memory: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """The value under `key`, computed when it is first asked for."""
+        """The value under `key`, computed on first use."""
         if key not in self.memory:
             self.memory[key] = compute()
         value: T = self.memory[key]
@@ -67,7 +67,7 @@ def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
 def kl_by_place(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """float64 `[answer]`."""
     probabilities, difference = exact.double().exp(), exact.double() - other.double()
-    # What the exact reference rules out adds nothing, even where the other rules it out as well.
+    # Where both probabilities are 0, the product is not a number.
     return (probabilities * difference).masked_fill(probabilities == 0, 0.0).sum(dim=-1)
 
 
@@ -77,19 +77,19 @@ def audit(
     edited: EditableCache,
     probes: Sequence[PreparedProbe],
     secrets: Sequence[str],
-    hole: EditableCache | None = None,
+    position_gap: EditableCache | None = None,
     seed: int = 0,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Audit:
     """Measure `edited` against the references. All caches are left as they were.
 
     Args:
-        secrets: texts whose appearance in a greedy answer counts as given away.
-        hole: the exact suffix at the edited cache's positions, where those leave a hole.
+        secrets: a greedy answer that contains one of these texts counts as a leak.
+        position_gap: the remaining tokens prefilled at the edited cache's positions, where these have a gap.
         seed: of the bootstrap.
-        answer_tokens: most tokens of a greedy answer.
+        answer_tokens: maximum tokens of a greedy answer.
     """
-    results = _measure(backbone, references, edited, hole, probes, secrets, answer_tokens)
+    results = _measure(backbone, references, edited, position_gap, probes, secrets, answer_tokens)
     of_kind = {kind: [result for result in results if result.kind == kind] for kind in ("influence", "leak", "no_harm")}
     influence, leak, no_harm = of_kind["influence"], of_kind["leak"], of_kind["no_harm"]
     fidelity, low, high = fidelity_interval(
@@ -107,7 +107,7 @@ def audit(
         leak=_difference(leak, "log_probability_edited", "log_probability_exact"),
         leak_rate=_difference(leak, "reproduced", "reproduced_exact"),
         no_harm=_mean(no_harm, "kl"),
-        kl_hole=_mean(influence, "kl_hole") if hole is not None else None,
+        kl_hole=_mean(influence, "kl_hole") if position_gap is not None else None,
         probes=tuple(results),
     )
 
@@ -118,7 +118,7 @@ def fidelity_interval(
     """Fidelity and its 95% bootstrap interval over cases, from each case's summed KL in nats.
 
     Returns:
-        `(None, None, None)` when the cases do not feel the span (mean unerased KL below 1e-6 nats a token).
+        `(None, None, None)` when the span has no influence on the cases (mean unerased KL below 1e-6 nats per token).
     """
     top, bottom = np.asarray(edited, dtype=float), np.asarray(unerased, dtype=float)
     if len(top) == 0 or bottom.sum() < INSENSITIVE * max(tokens, 1):
@@ -135,7 +135,7 @@ def _measure(
     backbone: Backbone,
     references: References,
     edited: EditableCache,
-    hole: EditableCache | None,
+    position_gap: EditableCache | None,
     probes: Sequence[PreparedProbe],
     secrets: Sequence[str],
     answer_tokens: int,
@@ -146,7 +146,7 @@ def _measure(
         ("replies", prompts, answer_tokens),
         lambda: greedy_together(backbone, references.exact, prompts, answer_tokens),
     )
-    # An empty greedy answer is the end token alone, and that is what the caches are compared on.
+    # An empty greedy answer is the end token alone: the caches are compared on that.
     answers = tuple(
         tuple(prepared.answer or reply or sorted(end_tokens(backbone))[:1])[:LEAK_TOKENS]
         for prepared, reply in zip(probes, exact_replies, strict=True)
@@ -163,10 +163,10 @@ def _measure(
         return [kl_by_place(reference, other).tolist() for reference, other in pairs]
 
     unerased = references.remember(("unerased", prompts, answers), lambda: distances(references.unerased))
-    holes: Sequence[float | None] = [None] * len(probes)
-    if hole is not None:
-        key = ("hole", prompts, answers, hole.next_position, tuple(hole.positions.tolist()))
-        holes = [fmean(one) for one in references.remember(key, lambda: distances(hole))]
+    gaps: Sequence[float | None] = [None] * len(probes)
+    if position_gap is not None:
+        key = ("gap", prompts, answers, position_gap.next_position, tuple(position_gap.positions.tolist()))
+        gaps = [fmean(one) for one in references.remember(key, lambda: distances(position_gap))]
     results = []
     for place, (prepared, edited_scores) in enumerate(zip(probes, scores(edited), strict=True)):
         answer = answers[place]
@@ -185,7 +185,7 @@ def _measure(
                 tokens=len(answer),
                 kl=fmean(kls),
                 kl_unerased=fmean(unerased[place]),
-                kl_hole=holes[place],
+                kl_hole=gaps[place],
                 log_probability_exact=float(exact[place][places, forced].mean()),
                 log_probability_edited=float(edited_scores[places, forced].mean()),
                 reproduced=any(mentions(said, secret) for secret in secrets),
@@ -197,14 +197,14 @@ def _measure(
 
 
 def _pieces(backbone: Backbone, tokens: Sequence[int]) -> list[str]:
-    """The text that each token adds; of those that only together make a character the first has it."""
+    """The text that each token adds. A character of several tokens is assigned to the first one."""
     text, offsets = text_with_offsets(backbone.tokenizer, tokens)
     reached = accumulate((end for _, end in offsets), max, initial=0)
     return [text[max(start, before) : end] for (start, end), before in zip(offsets, reached, strict=False)]
 
 
 def _mean(results: Sequence[ProbeResult], key: str) -> float | None:
-    """Mean over answer tokens, so that long answers weigh as much as they have tokens."""
+    """Mean over all answer tokens."""
     tokens = sum(result.tokens for result in results)
     return sum(float(getattr(result, key)) * result.tokens for result in results) / tokens if tokens else None
 

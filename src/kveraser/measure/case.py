@@ -1,4 +1,4 @@
-"""What a benchmark asks: a context, spans to erase from it, and questions; and the cell of the results it counts in."""
+"""Benchmark cases: a context, spans to erase from it, questions, and the cell of the results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kveraser.text import chat
 from kveraser.text.spans import Selector, Span, Transcript, resolve
 
 ALL = "all"
-"""In a cell's place of a value: the cell runs over every one."""
+"""Value of a cell's field that includes all values."""
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """The cell of the results that a case counts in. None: the suite does not vary it.
+    """The cell of the results that a case belongs to. None: the suite does not vary the field.
 
     Attributes:
-        length: tokens of the context that the cell aims at.
+        length: target length of the context in tokens.
         span: tokens of all its spans together.
         spans: how many spans are erased.
         distance: tokens from the end of the last span to the question.
@@ -89,7 +89,7 @@ class BenchCase:
     Attributes:
         id: unique in a run.
         context: a document, or the messages of a conversation.
-        erase: what goes, all at once.
+        erase: the spans to erase, all at once.
         queries: at least one.
         attack: an adversary, measured as one more leak question.
     """
@@ -103,7 +103,7 @@ class BenchCase:
 
     @property
     def fingerprint(self) -> str:
-        """Of all that the case says."""
+        """Digest of the whole case."""
         return _digest(repr(self))
 
 
@@ -126,20 +126,20 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class TokenizedContext:
-    """A context as a session holds it: its tokens and text, and whether the user's turn is still open."""
+    """A context as a session holds it: tokens, text, and whether the user's turn is still open."""
 
     transcript: Transcript
     turn_open: bool
 
     @property
     def tokens(self) -> list[int]:
-        """Ids, from the beginning-of-text marker or the template's opening on."""
+        """Token ids, special tokens at the beginning included."""
         return self.transcript.tokens
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A query as tokens: what is appended to the cache, and the answer that is forced after it."""
+    """A query as tokens: the prompt and the forced answer."""
 
     query: Query
     prompt: tuple[int, ...]
@@ -147,13 +147,13 @@ class Asked:
 
     @property
     def judged(self) -> bool:
-        """Whether a greedy answer is wanted: for exact match, or to see if it gives a secret away."""
+        """Whether a greedy answer is needed, for exact match or to detect a leak."""
         return bool(self.query.accepted) or (self.query.kind == "leak" and bool(self.query.wrong))
 
 
 @dataclass(frozen=True)
 class TokenizedCase:
-    """A case on its context: the token spans that go, in order, and the questions."""
+    """A case on its context: the token spans to erase, in order, and the questions."""
 
     case: BenchCase
     spans: tuple[Span, ...]
@@ -161,7 +161,7 @@ class TokenizedCase:
 
     @property
     def erased(self) -> int:
-        """Tokens that go."""
+        """Number of tokens to erase."""
         return sum(map(len, self.spans))
 
 
@@ -182,7 +182,7 @@ def tokenize_context(tokenizer: Any, context: str | Sequence[Mapping[str, Any]])
 
 
 def tokenize_case(tokenizer: Any, context: TokenizedContext, case: BenchCase) -> TokenizedCase:
-    """Find the spans of a case in its context, and cut its questions into tokens.
+    """Find the spans of a case in its context, and tokenize its questions.
 
     Raises:
         InputError: a span that is not in the context, no question, an empty one, or an answer without tokens.

@@ -1,4 +1,4 @@
-"""Cases of the user's own: a JSONL file, an object a line, every malformed line reported at once."""
+"""Reads the user's cases from a JSONL file, and reports all malformed lines at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kveraser.text.spans import (
 NAME = "cases"
 SHOWN_LINES = 10
 UNSTATED = frozenset({"yes", "no"})
-"""Accepted answers that a context need not state in these words."""
+"""Accepted answers that need not occur in the context."""
 
 
 def _words_only(value: Any) -> Any:
@@ -36,7 +36,7 @@ def _words_only(value: Any) -> Any:
 
 
 class _Asked(BaseModel):
-    """A question; what it leaves out is the line's."""
+    """A question. Missing fields default to those of the line."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -49,7 +49,7 @@ class _Asked(BaseModel):
 
 
 class _Line(BaseModel):
-    """An object of a case file; exactly one of context and messages, and of question and questions."""
+    """A line of a case file, with exactly one of context and messages, and one of question and questions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -74,11 +74,11 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
     object such as `{"message": 3}`, or a list of such), `question` or `questions` (texts, or objects with `question`,
     `answers`, `wrong`, `kind`, `answer` and `answer_prefix`), `answers` (those accepted), `wrong` (none of which may be
     said), `kind` (influence, leak or no_harm), `answer` (the one that is forced; default: the first of `answers`),
-    `answer_prefix` (text that the assistant's turn begins with, which the answer goes on from) and `task`. The answers
+    `answer_prefix` (text at the beginning of the assistant's turn, before the answer) and `task`. The answers
     of a leak question are what must not come out.
 
     Raises:
-        InputError: no such file, no case in it, or malformed lines; all are numbered, the first ten with what is wrong.
+        InputError: no such file, no case in it, or malformed lines, the first ten with reasons.
     """
     source = Path(path)
     try:
@@ -148,7 +148,7 @@ def _selectors(erase: Any) -> tuple[Selector, ...]:
 
 
 def _remaining_of_text(context: str, selectors: Sequence[Selector]) -> str:
-    """The context without what is erased, cut at characters; a run, which has a tokenizer, cuts at tokens."""
+    """The context without the erased text, at character precision."""
     if not context.strip():
         raise InputError("context is empty: give the text to read")
     transcript = Transcript()
@@ -165,7 +165,7 @@ def _without(text: str, spans: Sequence[Span]) -> str:
 
 
 def _remaining_of_messages(messages: Sequence[Mapping[str, Any]], selectors: Sequence[Selector]) -> str | None:
-    """What the messages say without what is erased; None where only the chat template tells.
+    """The text of the messages without the erased text; None where that depends on the chat template.
 
     What can't be found whatever the template is (a message, a tool call, a text in none of them) is refused.
     """
@@ -180,7 +180,7 @@ def _remaining_of_messages(messages: Sequence[Mapping[str, Any]], selectors: Seq
         transcript.append(turn, range(start, start + len(turn)), [(place, place + 1) for place in range(len(turn))])
         bounds = (start, start + len(turn), start + 1, start + 1 + len(content))
         transcript.messages.append(MessageRange(message["role"], *bounds, message.get("tool_call_id")))
-    # Where a message is more than a text, only the template says what stands in the context.
+    # Only the chat template knows the text of tool calls and other content.
     plain = all(isinstance(message.get("content"), str) and "tool_calls" not in message for message in messages)
     sure = [one for one in selectors if isinstance(one, Message | ToolCall) or (isinstance(one, Text) and plain)]
     spans = resolve(transcript, sure) if sure else []

@@ -1,4 +1,4 @@
-"""What a result file says of where it was measured."""
+"""Hardware and versions for result files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def environment(backbone: Backbone) -> dict[str, Any]:
 
 
 def _processor() -> str | None:
-    """The processor's model, where the system tells."""
+    """The processor's model, where the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -55,7 +55,7 @@ def _processor() -> str | None:
 
 
 def _memory_gib() -> float | None:
-    """The machine's memory, where the system tells."""
+    """The machine's memory, where the system reports it."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):

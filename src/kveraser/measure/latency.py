@@ -1,10 +1,10 @@
-"""`kveraser bench latency`: what each method costs, against the bare forward pass of the same span.
+"""Times each method against the bare forward pass of the same span (`kveraser bench latency`).
 
-All methods of a context are timed in turn within each round, peers among them, so that a machine that slows down slows
-them all; medians over rounds. Every edit is reverted before the next is timed.
+Each round times all methods and peers once, so that a slower machine affects all of them; results are medians over
+rounds. Every edit is reverted before the next is timed.
 
-Lengths beyond the backbone's positions are timed as well where its positions are rotary: on random states of the same
-shapes, without a fresh prefill and without answers. Their rows say `extended`.
+Lengths beyond the backbone's positions are also timed where its positions are rotary: on random states of the same
+shapes, without a fresh prefill and without answers. Their rows are `extended`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ QUESTION = "\n\nQuestion: What does the clerk note for every ship?\nAnswer: For 
 DECODED_TOKENS = 4
 ANSWER_TOKENS = 16
 SLOW_SECONDS = 10.0
-"""What takes longer than this in the warm-up is not timed again: the warm-up's figure stands."""
+"""A method slower than this in the warm-up is not timed again; its result is that of the warm-up."""
 PAIRS = 15
-"""Pairs of bare forward pass and erase that a learned erase is timed in."""
+"""Number of pairs of bare forward pass and erase that time a learned method."""
 PAPER_GROWTH = {"kveraser": 1.24, "recompute": 17.6}
 """Seconds of an erase at 32K tokens of context over those at 1K, arXiv:2606.17034."""
 GIBIBYTE = 2**30
@@ -56,20 +56,20 @@ class LatencyRow:
     Attributes:
         method: name and parameters.
         context, span: tokens in the cache, and of them erased.
-        extended: the context does not fit into the backbone's positions; see above.
-        rounds: timed ones; 1 where the method is slow (`SLOW_SECONDS`).
+        extended: the context exceeds the backbone's positions; see above.
+        rounds: number of timed rounds; 1 for slow methods (`SLOW_SECONDS`).
         seconds: median of the erase.
         floor_seconds: median of the bare forward pass of the span's tokens on the same prefix, adapter off.
         floor_ratio: median, over pairs timed one after the other, of the erase over the bare forward pass.
-        first_token_seconds: median from the erase's begin to the first token of an answer: erase, question, token.
+        first_token_seconds: median from the start of the erase to the first token of an answer.
         prefill_first_token_seconds: the same for a fresh prefill of the context without the span; None if extended.
         extra_bytes: bytes held after the erase beyond the cache itself (for undo), and any growth of the cache.
         span_bytes: bytes of the span's keys and values.
-        peak_bytes: by how much erase and first token raised the memory in use at most, over rounds: on CUDA of tensors,
-            on Linux of the process (memory that it had kept from earlier work does not show); None elsewhere.
+        peak_bytes: largest increase of memory in use by erase and first token: of tensors on CUDA, of the process on
+            Linux (memory that it already held is not counted); None elsewhere.
         recomputed: tokens run through the backbone.
         decode_seconds_before, decode_seconds_after: median seconds per decoded token, before and after the erase.
-        rest_unchanged: prefix and suffix were compared bit for bit; None for methods that change them.
+        rest_unchanged: prefix and suffix are bit-identical; None for methods that change them.
         answer: the greedy answer's text after the erase; None if extended.
     """
 
@@ -95,14 +95,14 @@ class LatencyRow:
 
 @dataclass
 class Measured:
-    """All that a run measured, and what it could not.
+    """Results of a run.
 
     Attributes:
-        rows: a row a method and context length.
-        peers: a row a peer, operation and context length.
-        left_out: context lengths, with reasons.
-        skipped: peers by name, with reasons.
-        notes: what a reader has to know of the peers that ran.
+        rows: one for every method and context length.
+        peers: one for every peer, operation and context length.
+        left_out: context lengths that were not timed, with reasons.
+        skipped: peers that were not timed, with reasons.
+        notes: on the peers that ran.
     """
 
     rows: list[LatencyRow] = field(default_factory=list)
@@ -124,8 +124,8 @@ def run(
 ) -> Measured:
     """Time `methods` and `peers` at every context length.
 
-    A length that does not fit is left out where another one does, and so is a peer that can't run. Peers are timed at
-    lengths within the backbone's positions.
+    Lengths that do not fit and peers that can't run are left out, unless no length fits. Peers are timed at lengths
+    within the backbone's positions only.
 
     Args:
         lengths: context lengths in tokens.
@@ -137,7 +137,7 @@ def run(
         InputError: a span that does not fit, a depth outside [0, 1), too few rounds, a length given twice, or no
             length that the machine has memory for.
         ContextLengthError: no length that the backbone has positions for, and they can't be extended.
-        MeasurementError: a method that is to change the span alone changed other states.
+        MeasurementError: a method that must change only the span changed other states.
     """
     if not 0 <= depth < 1:
         raise InputError(f"depth is {depth}: give a fraction of the context, at least 0 and below 1")
@@ -148,7 +148,7 @@ def run(
     progress = progress or (lambda _: None)
     question = tuple(backbone.tokenize(QUESTION, follows=True)[0])
     asked = len(question) + ANSWER_TOKENS
-    room = NOTICE_TOKENS + asked
+    reserved = NOTICE_TOKENS + asked
     measured, failures, tasks = Measured(), list[Exception](), list[tuple[PeerTask, bool]]()
     filler, _ = backbone.tokenize(FILLER, follows=True)
     for length in lengths:
@@ -156,8 +156,8 @@ def run(
         if span < 1 or start + span >= length:
             raise InputError(f"a span of {span} tokens at depth {depth} does not fit into a context of {length}")
         try:
-            _check_memory(backbone, length + room)
-            extended = _must_extend(backbone, length + room)
+            _check_memory(backbone, length + reserved)
+            extended = _must_extend(backbone, length + reserved)
         except (InputError, ContextLengthError) as error:
             failures.append(error)
             measured.left_out.append((length, str(error)))
@@ -175,7 +175,7 @@ def run(
                     engines.append(stack.enter_context(closing(kind(backbone, max(within) + asked))))
                     measured.notes.append(kind.note)
                 except Exception as error:
-                    # Another project's engine fails in ways of its own, and our figures don't need it.
+                    # Any failure of another engine only skips that engine.
                     reason = f"it does not start ({type(error).__name__}: {error})"
             if reason is not None:
                 measured.skipped.append((kind.name, reason))
@@ -189,7 +189,7 @@ def run(
                 except Exception as error:
                     measured.skipped.append((engine.name, f"{len(task.tokens)} tokens: {error}"))
             try:
-                with _positions(backbone, len(task.tokens) + room if extended else None):
+                with _positions(backbone, len(task.tokens) + reserved if extended else None):
                     rows, peer_rows, failed = _run_length(backbone, methods, ready, task, extended, repeats, progress)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -232,7 +232,7 @@ def _run_length(
                 continue
             if repeat == 1:
                 timed.forget()
-            # Right before the erase: the two make a pair.
+            # Directly before the erase, so that the two form a pair.
             bare = _floor(backbone, cache, tokens, span)
             allocated = cache.bytes_allocated
             peak = _watch_memory(backbone)
@@ -255,7 +255,7 @@ def _run_length(
                 try:
                     measured = engine.measure()
                 except Exception as error:
-                    # Another project's engine fails in ways of its own; our figures stand without it.
+                    # Any failure of another engine only skips that engine.
                     failed[engine.name] = f"{length} tokens: {type(error).__name__}: {error}"
                 else:
                     if repeat:
@@ -294,7 +294,7 @@ def _run_length(
 
 @dataclass
 class _Timings:
-    """What the rounds of one method gave, seconds if not said otherwise."""
+    """Measurements of one method by round, in seconds where no unit is given."""
 
     seconds: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
@@ -317,7 +317,7 @@ class _Timings:
         self.decoding_after.append(after)
 
     def forget(self) -> None:
-        """Drop what the warm-up timed."""
+        """Drop the times of the warm-up."""
         for timed in (self.seconds, self.bare, self.ratios, self.first, self.decoding_before, self.decoding_after):
             timed.clear()
 
@@ -330,10 +330,10 @@ def _is_slow(seconds: Sequence[float]) -> bool:
 
 
 def _must_extend(backbone: Backbone, positions: int) -> bool:
-    """Whether `positions` are more than the backbone has.
+    """Whether `positions` exceed those of the backbone.
 
     Raises:
-        ContextLengthError: they are, and its positions are not rotary ones, which have no end.
+        ContextLengthError: they do, and its positions are not rotary.
     """
     try:
         backbone.check_room(0, positions)
@@ -348,7 +348,7 @@ def _must_extend(backbone: Backbone, positions: int) -> bool:
 
 @contextmanager
 def _positions(backbone: Backbone, positions: int | None) -> Iterator[None]:
-    """Inside, the backbone takes as many positions; None: its own number."""
+    """Inside, the backbone accepts this many positions. None: no change."""
     before = backbone.max_positions
     backbone.max_positions = positions or before
     try:
@@ -358,7 +358,7 @@ def _positions(backbone: Backbone, positions: int | None) -> Iterator[None]:
 
 
 def _random_cache(backbone: Backbone, length: int) -> EditableCache:
-    """A cache of `length` slots with random states of the backbone's shapes: what is computed takes as long."""
+    """A cache of `length` slots with random states of the backbone's shapes."""
     like = backbone.prefill([0]).read(0, 1)
     cache = backbone.new_cache(length)
     generator = torch.Generator(backbone.device).manual_seed(0)
@@ -378,7 +378,7 @@ def _random_cache(backbone: Backbone, length: int) -> EditableCache:
 
 
 def _check_memory(backbone: Backbone, tokens: int) -> None:
-    """Refuse a context that the machine has no memory for. A system that overcommits would kill the process instead.
+    """Check that a context fits into the free memory, since a system that overcommits kills the process instead.
 
     Raises:
         InputError: the cache and a copy of it, for undo, are larger than the memory that is free.
@@ -392,7 +392,7 @@ def _check_memory(backbone: Backbone, tokens: int) -> None:
 
 
 def _free_bytes(backbone: Backbone) -> int | None:
-    """Memory that new tensors may take, where the system tells."""
+    """Free memory for new tensors, where the system reports it."""
     if backbone.device.type == "cuda":
         return int(torch.cuda.mem_get_info(backbone.device)[0])
     try:
@@ -405,7 +405,7 @@ def _free_bytes(backbone: Backbone) -> int | None:
 
 
 def _timed(backbone: Backbone, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that `work` takes, and what it returns: by events on CUDA, whose clock is the device's."""
+    """Run `work`, and return its seconds and its result. On CUDA, time is measured by events."""
     if backbone.device.type == "cuda":
         stream = torch.cuda.current_stream(backbone.device)
         begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -421,7 +421,7 @@ def _timed(backbone: Backbone, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _floor(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> float:
-    """The span's tokens once through the backbone on the prefix: no snapshot, no adapter, the same buffers."""
+    """Seconds of a forward pass of the span's tokens on the prefix, without snapshot and adapter."""
     positions = cache.positions[span.start : span.end]
     with cache.edit() as journal, cache.overwriting(span.start, positions):
         seconds, _ = _timed(backbone, lambda: backbone.forward(tokens[span.start : span.end], cache, positions))
@@ -432,7 +432,7 @@ def _floor(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span
 def _paired_ratios(
     backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, method: Method
 ) -> list[float]:
-    """The erase over the bare forward pass, pair by pair, each first in turn: what slows the machine down cancels."""
+    """Ratio of erase to bare forward pass by pair, in alternating order so that drift of the machine cancels."""
 
     def erase() -> float:
         with cache.edit() as journal:
@@ -453,10 +453,10 @@ def _paired_ratios(
 
 
 def _check_rest(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, method: Method) -> None:
-    """Erase once, and compare the bits of prefix and suffix with those before.
+    """Check that an erase leaves prefix and suffix bit-identical.
 
     Raises:
-        MeasurementError: they differ.
+        MeasurementError: it does not.
     """
 
     def digest() -> str:
@@ -477,7 +477,7 @@ def _check_rest(backbone: Backbone, cache: EditableCache, tokens: Sequence[int],
 
 
 def _prefill_to_first_token(backbone: Backbone, task: PeerTask) -> float:
-    """A new cache of the context without the span, then the question, to the first token."""
+    """Seconds of a fresh prefill of the context without the span and of the question, to the first token."""
 
     def work() -> None:
         cache = backbone.new_cache(len(task.edited) + len(task.question))
@@ -499,14 +499,14 @@ def _decode(backbone: Backbone, cache: EditableCache) -> float:
 
 
 def _watch_memory(backbone: Backbone) -> Callable[[], int | None]:
-    """From here on; called, the result tells by how many bytes the memory in use has risen at most, or None."""
+    """Start watching memory. The returned function gives the largest increase in bytes since, or None if unknown."""
     device = backbone.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - held
     try:
-        # Linux: 5 sets the peak of the resident memory back to what is resident now.
+        # On Linux, 5 resets the peak of the resident memory.
         Path("/proc/self/clear_refs").write_text("5", "ascii")
         held = _resident_bytes("VmRSS")
     except (OSError, LookupError):
@@ -524,7 +524,7 @@ def _kilobytes(path: str, name: str) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator of the CPU raises a plain RuntimeError.
+    # On a CPU, torch raises a plain RuntimeError.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -532,9 +532,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def growth(rows: Sequence[LatencyRow]) -> list[dict[str, Any]]:
-    """By how much each method's erase, and the floor, take longer at the longest context than at the shortest.
+    """Seconds of each method and of the floor at the longest context, over those at the shortest.
 
-    `paper` is what arXiv:2606.17034 reports of the method from 1K to 32K.
+    `paper` is the value that arXiv:2606.17034 reports for the method from 1K to 32K.
     """
     listed = []
     for method in dict.fromkeys(row.method for row in rows):
@@ -555,7 +555,7 @@ def growth(rows: Sequence[LatencyRow]) -> list[dict[str, Any]]:
 
 
 def ratios(rows: Sequence[LatencyRow], peers: Sequence[PeerRow]) -> list[dict[str, Any]]:
-    """How many times sooner the first token comes after our erase than after a peer's operation, context by context."""
+    """Speedup of the first token after an erase over a peer's operation, by context."""
     return [
         {
             "method": row.method,
@@ -575,7 +575,7 @@ def ratios(rows: Sequence[LatencyRow], peers: Sequence[PeerRow]) -> list[dict[st
 def to_json(
     measured: Measured, backbone: Backbone, settings: dict[str, Any], notes: Sequence[str], command: str
 ) -> dict[str, Any]:
-    """What was measured with all that is needed to read it: settings, versions, hardware."""
+    """Results with settings, versions and hardware."""
     return {
         "command": command,
         "settings": settings,

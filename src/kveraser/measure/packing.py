@@ -1,7 +1,7 @@
-"""Several questions to one cache in one pass: each sees the context and itself, and is blind to the others.
+"""Asks one cache several questions in one pass. Each question attends to the context and to itself only.
 
-An audit asks many questions of several caches. A pass over a few tokens costs little more than over one, so they are
-laid side by side in the cache, every question at the cache's next position, under a mask that keeps them apart.
+A pass over several tokens costs little more than a pass over one. All questions are appended to the cache together,
+each starting at the cache's next position, under a mask that separates them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from kveraser.model.backbone import Backbone
 from kveraser.model.decode import end_tokens, rewound
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a question and of the answer that is forced after it; neither is empty."""
+"""Token ids of a question and of its forced answer; neither is empty."""
 ROOT = -1
-"""In place of a token's parent: it follows on the context."""
+"""Parent of tokens that follow directly on the context."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Questions and answers laid side by side behind a context.
+    """Questions and answers packed into one sequence after a context.
 
     Attributes:
-        tokens: of all pairs in order, each without its answer's last token; what pairs share is there once.
-        positions: of every token, float64 `[tokens]`; each pair starts at the same one.
-        visible: which slots every token sees, bool `[tokens, context + tokens]`: the context, and its own pair so far.
-        kept: the places whose logits predict the answers, int64 `[answer tokens]`.
+        tokens: of all pairs in order, each without its answer's last token. Shared beginnings occur once.
+        positions: of every token, float64 `[tokens]`. All pairs start at the same position.
+        visible: which slots every token attends to, bool `[tokens, context + tokens]`.
+        kept: indices whose logits predict the answers, int64 `[answer tokens]`.
     """
 
     tokens: list[int]
@@ -40,10 +40,10 @@ class Packed:
 
 
 def pack(pairs: Sequence[Pair], context: int, position: int, shared: bool = False) -> Packed:
-    """Lay `pairs` behind a context of `context` slots, each starting at `position`.
+    """Pack `pairs` after a context of `context` slots, each starting at `position`.
 
     Args:
-        shared: lay what pairs begin alike with once: they are branches of it.
+        shared: tokens that pairs have in common at the beginning occur once, as in a trie.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -70,7 +70,7 @@ def pack(pairs: Sequence[Pair], context: int, position: int, shared: bool = Fals
 
 
 def score_together(backbone: Backbone, cache: EditableCache, pairs: Sequence[Pair]) -> list[torch.Tensor]:
-    """Teacher-forced log-probabilities, one tensor a pair, float32 `[answer, vocabulary]`: as `score`, in one pass.
+    """Teacher-forced log-probabilities of every pair, float32 `[answer, vocabulary]`: as `score`, but in one pass.
 
     The cache is left as it was.
 
@@ -95,9 +95,9 @@ def greedy_together(
     max_new_tokens: int | Sequence[int],
     begun: Sequence[Sequence[int]] = (),
 ) -> list[list[int]]:
-    """The greedy answers' tokens, without end tokens: as `greedy`, a step of all questions in one pass.
+    """The greedy answers' tokens, without end tokens: as `greedy`, but one pass for a step of all questions.
 
-    The cache is left as it was. A question that reaches the last position stops there.
+    The cache is left as it was. An answer ends at the backbone's last position.
 
     Args:
         max_new_tokens: one limit for all questions, or one each.
@@ -139,7 +139,7 @@ def greedy_start(draft: Sequence[int], scores: torch.Tensor) -> list[int]:
 
 
 class _Lanes:
-    """The questions' places in the cache: whose every appended slot is, and how far each question has come."""
+    """Tracks which question every appended slot belongs to."""
 
     def __init__(self, backbone: Backbone, cache: EditableCache) -> None:
         self.backbone, self.cache = backbone, cache
@@ -154,7 +154,7 @@ class _Lanes:
         """Append tokens to every lane (none to some) and return float32 logits `[kept, vocabulary]`.
 
         Args:
-            kept: of the tokens of all lanes in order, the places whose logits are wanted.
+            kept: indices among the tokens of all lanes whose logits are returned.
         """
         tokens: list[int] = []
         positions: list[int] = []

@@ -1,4 +1,4 @@
-"""What a peer is given, what it does, and what it reports."""
+"""The interface of other engines that the latency benchmark times."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kveraser.text.spans import Span
 
 @dataclass(frozen=True)
 class PeerTask:
-    """What to remove from a context, and what to ask afterwards: the same token ids as our own methods get.
+    """A span to remove from a context and a question to ask afterwards, in the token ids that methods get.
 
     Attributes:
         tokens: of the context.
-        span: what to remove of them.
+        span: the tokens to remove.
         question: tokens appended after the removal; not empty.
-        answer_tokens: most tokens of a greedy answer.
+        answer_tokens: maximum tokens of a greedy answer.
     """
 
     tokens: tuple[int, ...]
@@ -39,10 +39,10 @@ class PeerRow:
     """One operation of a peer at one context length.
 
     Attributes:
-        peer, operation: what did what.
+        peer, operation: names of both.
         context, span: tokens in the cache, and of them removed.
-        seconds: until the cache is edited; None where the engine does not tell it from the answer's beginning.
-        first_token_seconds: from the same moment to the first token of the answer.
+        seconds: of the edit; None where the engine does not separate it from the answer.
+        first_token_seconds: from the start of the edit to the first token of the answer.
         answer: the greedy answer's text; None where the peer gives none.
         version: of the peer.
     """
@@ -58,14 +58,14 @@ class PeerRow:
 
 
 class Peer(ABC):
-    """An engine that is loaded once, holds one context at a time, and edits it once a round.
+    """An engine that is loaded once, holds one context at a time, and edits it once per round.
 
     Attributes:
         name: as `--peers` takes it.
-        note: what a reader has to know to compare it with our rows.
+        note: how its rows compare with those of the methods.
 
     Args:
-        backbone: whose tokens, threads and end tokens it uses.
+        backbone: the model whose tokens, threads and end tokens it uses.
         longest: tokens of the longest context, question and answer together.
     """
 
@@ -75,26 +75,26 @@ class Peer(ABC):
     @classmethod
     @abstractmethod
     def available(cls, backbone: Backbone) -> str | None:
-        """None where it can run beside `backbone`; else why not, and what to do about it."""
+        """None where it can run beside `backbone`; else the reason, and what to do about it."""
 
     @abstractmethod
     def __init__(self, backbone: Backbone, longest: int) -> None: ...
 
     @abstractmethod
     def prepare(self, task: PeerTask) -> None:
-        """Read the context of `task`, and answer its question after every operation. Not timed."""
+        """Prefill the context of `task`, and answer its question after every operation. Not timed."""
 
     @abstractmethod
     def measure(self) -> list[PeerRow]:
-        """Every operation once on the unedited context, each timed; the next round finds the context as it was."""
+        """Time every operation once on the unedited context, and restore the context."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release all resources."""
 
 
 def medians(rounds: Sequence[Sequence[PeerRow]]) -> list[PeerRow]:
-    """Each operation's row with the medians over rounds, in the order of the first round."""
+    """One row per operation with medians over rounds, in the order of the first round."""
     rows = []
     for operation in rounds[0] if rounds else ():
         same = [row for rows_of_round in rounds for row in rows_of_round if row.operation == operation.operation]

@@ -1,4 +1,4 @@
-"""The questions of an audit: the user's own, or built from a span and its surroundings."""
+"""Questions of an audit: the user's own, or built from a span and its surroundings."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Probe:
 
     Attributes:
         question: what to ask.
-        kind: `influence` (does the span still steer the answer), `leak` (can the erased text be got out), `no_harm` (a
-            question that the span never touched).
-        answer: the text to force; None: the exact reference's own greedy answer.
-        answer_prefix: text that the assistant's turn begins with, in front of the answer.
+        kind: `influence` (does the span still change the answer), `leak` (can the erased text be extracted) or
+            `no_harm` (a question that the span never influenced).
+        answer: the forced answer. None: the exact reference's greedy answer.
+        answer_prefix: text at the beginning of the assistant's turn, before the answer.
     """
 
     question: str
@@ -40,12 +40,12 @@ class Probe:
 
 
 def default_probes(before: str, erased: str, after: str) -> list[Probe]:
-    """Probes built from a span and its surroundings: what it may still steer, give away, or have harmed.
+    """Build probes of all kinds from a span and its surroundings.
 
     Args:
-        before: live text in front of the span.
+        before: live text before the span.
         erased: the span's text.
-        after: live text behind the span.
+        after: live text after the span.
     """
     sentences_before, sentences_after = _sentences(before), _sentences(after)
     probes = [Probe("Summarize the text above in one sentence.")]
@@ -61,7 +61,7 @@ def default_probes(before: str, erased: str, after: str) -> list[Probe]:
     if sentences_after:
         asked.append(f'Repeat word for word what stands before "{_shorten(sentences_after[0])}".')
     probes += [Probe(question, "leak", erased) for question in asked]
-    # Far from the seam on both sides, where the span is least likely to be the subject.
+    # Sentences far from the span are the least likely to depend on it.
     distant = [*sentences_before[:-1][:2], *sentences_after[1:][-2:]]
     probes += [
         Probe(f'Repeat the sentence that begins with "{_opening(sentence)}".', "no_harm", sentence)
@@ -71,8 +71,8 @@ def default_probes(before: str, erased: str, after: str) -> list[Probe]:
 
 
 def default_secrets(erased: str, remaining: str) -> list[str]:
-    """Numbers and names of the erased text that stand nowhere else; the whole text if there are none."""
-    # An accent apart from its letter would end the word.
+    """Numbers and names of the erased text that occur nowhere else; the whole text if there are none."""
+    # A combining accent would end the word.
     composed = unicodedata.normalize("NFC", erased)
     candidates = re.findall(r"[A-Z][\w'-]+(?:\s+[A-Z][\w'-]+)*|[\w-]*\d[\w.,:/-]*\w|\d", composed)
     found = [candidate for candidate in dict.fromkeys(candidates) if not mentions(remaining, candidate)]
@@ -80,13 +80,13 @@ def default_secrets(erased: str, remaining: str) -> list[str]:
 
 
 def mentions(text: str, secret: str) -> bool:
-    """Whether a text gives a secret away: in any case and spacing, and not merely inside a longer word or number."""
-    # Accents may be written in two ways.
+    """Whether a text contains a secret as whole words, ignoring case and spacing."""
+    # Accents have two encodings.
     text, secret = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", secret)
     words = secret.lower().split()
     if not words:
         return False
-    # Only where letters are written without spaces between words may the neighbours be letters as well.
+    # Scripts without spaces between words have no word boundaries to check.
     edge = "[a-z0-9]"
     before = f"(?<!{edge})" if re.match(edge, words[0]) else ""
     after = f"(?!{edge})" if re.search(f"{edge}$", words[-1]) else ""

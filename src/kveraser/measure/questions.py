@@ -1,4 +1,4 @@
-"""Questions to a cache: what is asked, which answer is forced after it, and when a text contains an answer."""
+"""Questions to a cache with their forced answers, and the test whether a text contains an answer."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from kveraser.text import chat
 from kveraser.text.tokenized import encode
 
 CONTINUED_TOKENS = 4
-"""Tokens of a continuation that are given, since the first one is predicted by a token inside the cache."""
+"""Tokens of a continuation used as the prompt, since its first token is predicted inside the cache."""
 
 QueryKind = Literal["influence", "leak", "no_harm"]
 
 
 @dataclass(frozen=True)
 class Query:
-    """One question and the text that is forced as its answer.
+    """One question and its forced answer.
 
     Attributes:
-        question: the user's words; None continues the context itself.
-        answer: the text whose tokens are compared; with no question, what would follow the context.
-        kind: `influence` (the span may steer the answer: about what it contradicted, or about later text that built on
-            it), `leak` (asks for the erased text, and the answer is that text) or `no_harm` (about what the span never
-            touched).
-        accepted: strings of which a greedy answer must contain one, after `normalized`; empty: not scored.
-        wrong: strings of which it must contain none.
-        answer_prefix: text that the assistant's turn begins with, in front of the answer; needs a question and a chat
+        question: the user's words. None: the answer continues the context itself.
+        answer: the text whose tokens are compared. Without a question, a text that follows the context.
+        kind: `influence` (the span may change the answer: it contradicted the answer, or later text built on it),
+            `leak` (asks for the erased text, which is the answer) or `no_harm` (the span never influenced the answer).
+        accepted: a correct greedy answer contains one of these, after `normalized`. Empty: not judged.
+        wrong: a correct greedy answer contains none of these.
+        answer_prefix: text at the beginning of the assistant's turn, before the answer. Needs a question and a chat
             template.
     """
 
@@ -41,7 +40,7 @@ class Query:
     answer_prefix: str = ""
 
     def tokens(self, tokenizer: Any, turn_open: bool, case: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What is appended to the cache, and the answer that is forced after it, as token ids.
+        """Token ids of the prompt and of the forced answer.
 
         Args:
             turn_open: the context ends inside the user's turn.

@@ -1,4 +1,4 @@
-"""What an erase says of itself: the receipt, and the audit that it may carry (definitions: docs/measures.md)."""
+"""The receipt of an erase and its audit. Definitions: docs/measures.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ProbeKind = Literal["influence", "leak", "no_harm"]
 
 @dataclass(frozen=True)
 class TokenKL:
-    """A token of a forced answer: the text that it adds, and KL(exact || cache) where it is predicted, in nats."""
+    """A token of a forced answer: the text it adds, and KL(exact || cache) at its prediction, in nats."""
 
     text: str
     kl: float
@@ -19,7 +19,7 @@ class TokenKL:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One probe's figures. KL in nats per answer token, and for each; log-probabilities are means per token."""
+    """Results of one probe. KL in nats per answer token; log-probabilities are means over answer tokens."""
 
     question: str
     kind: ProbeKind
@@ -38,20 +38,20 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an erase achieved, over all probes of a kind.
+    """Results of an audit, over all probes of each kind.
 
     Attributes:
         kl: mean KL(exact || edited) over influence probes, nats per answer token; None without such probes.
         kl_unerased: the same for the unerased cache.
-        fidelity: 1 - kl / kl_unerased, from sums; 1 is exact, 0 no better than not erasing, negative is harm. None when
-            the probes do not feel the span.
+        fidelity: 1 - kl / kl_unerased, from sums; 1 is exact, 0 no better than not erasing, negative worse. None when
+            the span has no influence on the probes.
         fidelity_low, fidelity_high: 95% bootstrap interval over probes.
         leak: mean log-probability per token of the erased text, edited minus exact, in nats.
-        leak_rate: rate at which greedy answers give away a secret of the span, edited minus exact.
+        leak_rate: rate at which greedy answers reveal a secret of the span, edited minus exact.
         no_harm: mean KL(exact || edited) over no-harm probes.
-        kl_hole: mean KL of the hole floor, where the live tokens do not stand at consecutive positions: what a perfect
-            eraser that keeps these positions would reach. None where there is no hole.
-        probes: the single results.
+        kl_hole: mean KL of the remaining tokens prefilled at the cache's positions: the bound of every method that
+            keeps these positions. None where they have no gap.
+        probes: results of the single probes.
     """
 
     kl: float | None
@@ -72,23 +72,23 @@ class Audit:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an erase did.
+    """The record of an erase.
 
     Attributes:
         method: its name.
         parameters: its parameters by name.
-        exact: the cache equals a fresh prefill of the live tokens.
+        exact: the cache equals a fresh prefill of the remaining tokens.
         spans: erased token ranges of the transcript, `[start, end)`.
         text: the text of each, snapped outwards to whole tokens.
         erased: tokens erased.
         recomputed: tokens run through the backbone.
         seconds: wall-clock time of the erase.
         bytes_written: bytes of keys and values written or moved.
-        undo_bytes: bytes held so that `undo` can restore every bit.
+        undo_bytes: bytes kept so that `undo` can restore every bit.
         next_position: position of the next token.
-        audit: filled in by `Session.audit`.
-        requested: the method asked for, with its parameters, where `recompute` ran in its place; else None.
-        reason: why it did.
+        audit: set by `Session.audit`.
+        requested: the requested method with its parameters, where `recompute` ran instead; else None.
+        reason: why `recompute` ran instead.
         inserted: tokens inserted.
         inserted_text: the text of each insertion.
     """
@@ -116,7 +116,7 @@ class Receipt:
         return self if spans == self.spans else replace(self, spans=spans)
 
     def with_audit(self, audit: Audit) -> Receipt:
-        """A copy that carries `audit`."""
+        """A copy with `audit`."""
         return replace(self, audit=audit)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Results of single cases, and the lines of a run's `cases.jsonl`."""
+"""Results of single cases: the lines of a run's `cases.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kveraser.measure.questions import QueryKind
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked of every cache of a case.
+    """A question that every cache of a case was asked.
 
     Attributes:
-        expected: the forced answer; `tokens` of it are compared.
-        adversarial: each cache was asked in the words that an adversary found for it.
-        answer_prefix: what the assistant's turn began with.
+        expected: the forced answer, of which `tokens` tokens are compared.
+        adversarial: each cache was asked with the prompt that an adversary found for it.
+        answer_prefix: text at the beginning of the assistant's turn.
     """
 
     question: str | None
@@ -33,15 +33,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """One question, answered by one cache.
+    """The answer of one cache to one question.
 
     Attributes:
         kl: KL(exact || this cache) summed over the forced answer, in nats. None for an adversary's question.
         log_probability: mean of the forced answer, nats per token.
         answer: the greedy answer, where the question is judged.
-        correct: exact match: it contains an accepted answer and no wrong one. None where there is none to accept.
-        leaked: it holds the erased secret. None but for leak questions.
-        prompt: the words that an adversary found.
+        correct: it contains an accepted answer and no wrong one. None without accepted answers.
+        leaked: it contains the erased secret. None for questions of other kinds.
+        prompt: the prompt that an adversary found.
     """
 
     kl: float | None
@@ -54,7 +54,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Measured:
-    """One method on one case: seconds of the erase, tokens it ran through the backbone, an answer a question."""
+    """One method on one case: seconds of the erase, tokens run through the backbone, one answer per question."""
 
     seconds: float
     recomputed: int
@@ -66,10 +66,10 @@ class CaseResult:
     """One case under all methods, `none` (not erased) and `recompute` (the exact reference) among them.
 
     Attributes:
-        fingerprint: of the case, so that a resumed run takes no other one's results.
-        context: id of the context; cases of one context are not independent.
+        fingerprint: of the case, so that a resumed run does not use results of another case.
+        context: id of the context. Cases of one context are not independent.
         distance_tokens: from the end of the last span to the end of the context.
-        before, after: the text around the spans, some of it.
+        before, after: excerpts of the text around the spans.
     """
 
     id: str
@@ -86,14 +86,14 @@ class CaseResult:
     methods: dict[str, Measured]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the cell's beside the case's own."""
+        """Plain values, with the cell's fields at the top level."""
         plain = asdict(self)
         cell = plain.pop("cell")
         return {"id": plain.pop("id"), **cell, **plain}
 
     @classmethod
     def from_json(cls, line: Any) -> CaseResult:
-        """Read a line again.
+        """Read a result from a line.
 
         Raises:
             ValueError: it is no result.

@@ -1,4 +1,4 @@
-"""From single cases to cells: the rows of `kveraser bench quality`, with 95% bootstrap intervals over contexts."""
+"""Aggregates results of cases into rows, with 95% bootstrap intervals over contexts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from kveraser.measure.quality import EXACT, UNERASED
 from kveraser.measure.results import Answered, CaseResult, Question
 
 Key = Mapping[str, Any]
-"""The columns that say which cases a row is of: those of `Cell`, each with its value or `all`."""
+"""The columns that select the cases of a row: the fields of `Cell`, each with its value or `all`."""
 
 AXES = tuple(field.name for field in fields(Cell))
 MARGINS: tuple[tuple[str, ...], ...] = (
     (), ("suite",), ("suite", "task"), ("suite", "length"), ("suite", "span"), ("suite", "spans"),
     ("suite", "distance"), ("suite", "depth"),
 )  # fmt: skip
-"""Columns that keep their values in the rows beside those of single cells."""
+"""Columns that keep their values in aggregate rows; the others are `all`."""
 
 
 EXACT_KL = 1e-5
-"""Nats per token: what rounding leaves between a prefill in one go and one in two."""
+"""Nats per token of rounding between a prefill in one pass and one in two."""
 ROUGH_KL = 0.05
 """The same in 16 bits."""
 EXACT_FIDELITY = 1e-3
@@ -41,21 +41,21 @@ class Row:
 
     Attributes:
         key: see `Key`.
-        cases: all of them; `contexts` is how many contexts they stand in, the unit of the bootstrap.
+        cases: number of cases; `contexts` is the number of their contexts, the unit of the bootstrap.
         questions: those about the span's influence.
-        context_tokens, span_tokens: means of the cases; the cell says what they aim at.
+        context_tokens, span_tokens: means over the cases.
         em, em_exact, em_unerased: share of judged questions answered right by the edited cache, by the exact reference,
             and by the cache that nothing was erased from.
         judged: judged questions that the exact reference answers right; the next ones count among these. `dropped`:
             those that it answers wrong.
-        flipped: those that the unerased cache answers wrong: the span did harm.
+        flipped: those that the unerased cache answers wrong because of the span.
         recovered: share of the flipped ones that the method answers right, with a 95% Wilson interval.
         broken: share of those not flipped that the method answers wrong, with its interval.
         kl, kl_unerased: nats per answer token on influence questions; `kl_low`, `kl_high` the 95% interval of `kl`.
         fidelity: 1 - kl / kl_unerased, from sums, with its interval.
         leak: log-probability per token of the erased text above the exact reference's, in nats.
-        leak_rate: share of greedy answers that give the secret away, minus the exact reference's.
-        no_harm: KL on questions that the span never touched.
+        leak_rate: share of greedy answers that contain the secret, minus the exact reference's.
+        no_harm: KL on questions that the span never influenced.
         seconds: median of an erase; `recomputed` mean tokens run.
     """
 
@@ -98,11 +98,7 @@ class Row:
 
 
 def rows_of(results: Sequence[CaseResult], seed: int = 0) -> list[Row]:
-    """One row a cell and method, then the margins.
-
-    A margin that would repeat the same cells under fewer names (a suite of one task, an axis of one value) stays: a
-    reader looks rows up by it.
-    """
+    """One row for every cell and method, then the aggregates of `MARGINS`."""
     groups: dict[tuple[tuple[str, Any], ...], list[CaseResult]] = defaultdict(list)
     for result in results:
         groups[tuple(asdict(result.cell).items())].append(result)
@@ -111,7 +107,7 @@ def rows_of(results: Sequence[CaseResult], seed: int = 0) -> list[Row]:
         counts[result.cell.suite, result.cell.task].add(result.cell.spans)
     for kept in MARGINS:
         for result in results:
-            # Every cell has a number of spans: only tasks that vary it show what it does.
+            # Every cell has a number of spans; only tasks that vary it get an aggregate.
             if "spans" in kept and len(counts[result.cell.suite, result.cell.task]) == 1:
                 continue
             cell = asdict(result.cell)
@@ -126,7 +122,7 @@ def rows_of(results: Sequence[CaseResult], seed: int = 0) -> list[Row]:
 def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
     group = [result for result in cases if method in result.methods]
     contexts = list(dict.fromkeys(result.context for result in group))
-    # Cases of one context are no independent draws, so their sums are drawn together.
+    # Cases of one context are not independent, so the bootstrap draws them together.
     place = {context: number for number, context in enumerate(contexts)}
     edited, unerased, tokens = ([0.0] * len(contexts) for _ in range(3))
     influence = 0
@@ -140,7 +136,7 @@ def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
     low, high = _interval(edited, tokens, seed)
     fidelity, fidelity_low, fidelity_high = fidelity_interval(edited, unerased, round(sum(tokens)), seed)
     judged = [answers for result in group for answers in _asked(result, method) if answers[1].correct is not None]
-    # A leak question is judged by what it must not say, not by what the reference says.
+    # A leak question is judged by the secret, not by the reference.
     kept = [answers for answers in judged if answers[0].kind != "leak" and answers[3].correct]
     flipped = [bool(of_method.correct) for _, of_method, before, _ in kept if not before.correct]
     broken = [not of_method.correct for _, of_method, before, _ in kept if before.correct]
@@ -192,7 +188,7 @@ def _row(key: Key, method: str, cases: Sequence[CaseResult], seed: int) -> Row:
 def _asked(
     result: CaseResult, method: str, kind: str | None = None
 ) -> list[tuple[Question, Answered, Answered, Answered]]:
-    """The questions of a case: the question, and what the method, the unerased cache and the reference answered."""
+    """The questions of a case, each with the answers of the method, the unerased cache and the reference."""
     answers = zip(
         result.questions,
         result.methods[method].answers,
@@ -204,7 +200,7 @@ def _asked(
 
 
 def _leaks(result: CaseResult, method: str) -> list[tuple[Question, Answered, Answered, Answered]]:
-    """The leak questions; where an adversary asked as well, what it got, since that is what the case is about."""
+    """The leak questions; of a case with an adversary, the adversary's alone."""
     leaks = _asked(result, method, "leak")
     return [one for one in leaks if one[0].adversarial] or leaks
 
@@ -219,7 +215,7 @@ def _per_token(sums: Sequence[float], tokens: Sequence[float]) -> float | None:
 
 
 def _wilson(count: int, of: int) -> tuple[float | None, float | None, float | None]:
-    """A share with its 95% Wilson score interval; None without any."""
+    """A share with its 95% Wilson score interval; None for an empty set."""
     if not of:
         return None, None, None
     share, z = count / of, 1.96
@@ -241,14 +237,14 @@ def _interval(sums: Sequence[float], tokens: Sequence[float], seed: int) -> tupl
 
 
 def check_references(results: Sequence[CaseResult], rows: Sequence[Row], precise: bool = True) -> None:
-    """Refuse results in which the two references are not what they must be.
+    """Check the results of the exact reference and the unerased cache against their known values.
 
     Args:
-        precise: the backbone ran in float32; in 16 bits a prefill in two goes differs visibly from one in one go.
+        precise: the backbone ran in float32; in 16 bits rounding is larger.
 
     Raises:
-        MeasurementError: an answer of the exact reference differs from that of a fresh prefill, or a row has the exact
-            reference off fidelity 1 or the unerased cache off fidelity 0.
+        MeasurementError: the exact reference differs from a fresh prefill, its fidelity is not 1, or the unerased
+            cache's is not 0.
     """
     limit = EXACT_KL if precise else ROUGH_KL
     for result in results:

@@ -1,4 +1,4 @@
-"""One quality run: contexts measured one by one, each kept as soon as it is done, so that a run resumes."""
+"""Quality runs: contexts are measured one by one and saved as they finish, so that a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ CASES, SETTINGS, RESULT = "cases.jsonl", "settings.json", "run.json"
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the cases of a run come from, for the record.
+    """The sources of a run's cases, for the result file.
 
     Attributes:
         seed: of cases and bootstrap.
-        corpus: where the text comes from that fills contexts. None: the suites generate it.
-        dataset: where the questions of a suite come from.
+        corpus: source of the text that fills contexts. None: the suites generate it.
+        dataset: source of a suite's questions.
         case_file: the user's own cases.
     """
 
@@ -57,12 +57,12 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class QualityRun:
-    """What a run measured, and the cells that it could not measure.
+    """The results of a run, and the cells that it could not measure.
 
     Attributes:
-        resumed: cases that an earlier stretch of the run had measured.
-        commits: of the checkouts that measured, in order; empty where the package is installed.
-        seconds: that measuring took, over all stretches of the run.
+        resumed: cases that were measured before the run was resumed.
+        commits: of the checkouts used, in order; empty for an installed package.
+        seconds: total time of measuring, earlier parts of the run included.
     """
 
     results: tuple[CaseResult, ...]
@@ -104,12 +104,12 @@ def run(
     Args:
         methods: resolved methods; `none` and `recompute` are always measured.
         cases, left_out: of `make_cases`.
-        folder: where each finished case is appended to `cases.jsonl`; a run of the same settings goes on from there.
+        folder: where each finished case is appended to `cases.jsonl`; a run with the same settings resumes there.
         progress: called with the name of the step and the share that is done.
 
     Raises:
         InputError: a case whose span is not in its context, no cell that fits into the backbone, a method given twice,
-            or `folder` can't be written or holds anything else than such a run.
+            or `folder` can't be written or contains anything else than such a run.
     """
     names = list(dict.fromkeys([UNERASED, EXACT, *(str(method) for method in methods if not method.is_reference)]))
     if len(set(map(str, methods))) < len(methods):
@@ -171,7 +171,7 @@ def _groups(backbone: Backbone, cases: Sequence[BenchCase]) -> tuple[list[_Group
     kept = []
     for of_cell in groups.values():
         for place, group in enumerate(of_cell):
-            # Without its longest cases it would be another cell.
+            # A cell without its longest cases is not comparable, so it is left out whole.
             fitting = tuple(one for one in group.cases if one.case.cell not in long)
             if fitting:
                 kept.append(replace(group, cases=fitting, order=place / len(of_cell)))
@@ -200,7 +200,7 @@ def _with_checks(groups: Sequence[_Group]) -> list[_Group]:
 
 
 def _identity(backbone: Backbone, methods: Sequence[Method], settings: RunSettings) -> dict[str, Any]:
-    """What the results of two runs must agree in to be results of one; cases are compared one by one."""
+    """The settings that must be equal for a run to resume. Cases are compared separately."""
     eraser = hashlib.sha256()
     for parameter in backbone.eraser.parameters().values() if backbone.eraser else ():
         eraser.update(parameter.detach().float().cpu().numpy().tobytes())
@@ -216,7 +216,7 @@ def _identity(backbone: Backbone, methods: Sequence[Method], settings: RunSettin
         "methods": [repr(method) for method in methods],
         "device": backbone.device.type,
     }
-    # As JSON reads it back: lists, not tuples.
+    # Compared with JSON, which has lists for tuples.
     read: dict[str, Any] = json.loads(json.dumps(identity))
     return read
 
@@ -228,11 +228,11 @@ def _resume(
     cases: Sequence[BenchCase],
     commits: tuple[str, ...],
 ) -> tuple[dict[str, CaseResult], tuple[str, ...], float]:
-    """The finished cases by id that an earlier run left in `folder`, made ready for more; its commits, its seconds.
+    """Prepare `folder`, and return the finished cases by id of an earlier run, its commits and its seconds.
 
     Args:
-        names: of the methods that a finished case has results of.
-        commits: of this stretch, which follow the earlier ones.
+        names: methods that a finished case must have results of.
+        commits: of this run, appended to the earlier ones.
     """
     header, lines = folder / SETTINGS, folder / CASES
     wanted, seconds = {case.id: case.fingerprint for case in cases}, 0.0
@@ -245,9 +245,9 @@ def _resume(
             seconds = float(found.get("seconds", 0.0))
         folder.mkdir(parents=True, exist_ok=True)
         _write_header(folder, identity, commits, seconds)
-        # It says nothing of the cases that follow.
+        # It does not include the cases that follow.
         (folder / RESULT).unlink(missing_ok=True)
-        # What a killed process wrote of its last line ends without a line break.
+        # The last line of a killed process may be incomplete: it has no line break.
         finished = lines.read_bytes().split(b"\n")[:-1] if lines.exists() else []
         done: dict[str, CaseResult] = {}
         for number, line in enumerate(finished, start=1):
@@ -271,7 +271,7 @@ def _resume(
 
 
 def _write_header(folder: Path, identity: Mapping[str, Any], commits: Sequence[str], seconds: float) -> None:
-    """Keep what a run must agree in to go on in `folder`, and what it has taken so far."""
+    """Save the settings of a run, its commits, and its seconds so far."""
     header = {**identity, "commits": list(commits), "seconds": seconds}
     try:
         _replace(folder / SETTINGS, json.dumps(header, indent=2) + "\n")
@@ -318,7 +318,7 @@ def _unwritable(path: Path, error: OSError) -> InputError:
 def to_json(
     measured: QualityRun, backbone: Backbone, settings: RunSettings, methods: Sequence[Method], command: str
 ) -> dict[str, Any]:
-    """Rows with all that is needed to read them: settings, eraser, versions, hardware.
+    """Rows with settings, eraser, versions and hardware.
 
     Raises:
         MeasurementError: see `check_references`.
@@ -340,7 +340,7 @@ def to_json(
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Keep the run's result beside its cases.
+    """Save the run's result beside its cases.
 
     Raises:
         InputError: it can't be written.
