@@ -115,7 +115,7 @@ def test_a_model_with_logits_of_its_own_kind_is_refused_before_training() -> Non
     check_head(backbone)
     head = backbone.model.get_output_embeddings()
     backbone.model.get_output_embeddings = lambda: lambda hidden: 2 * head(hidden)
-    with pytest.raises(TrainingError, match="tiny-llama computes its logits in a way that training does not know"):
+    with pytest.raises(TrainingError, match="tiny-llama computes its logits in a way that training does not support"):
         check_head(backbone)
 
 

@@ -266,7 +266,7 @@ def test_a_recipe_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None
         ("data: a", "output"),
         ("- a\n- b", "list, not a mapping"),
         ("a: [", "not YAML"),
-        ("1: 2", "keys are texts"),
+        ("1: 2", "keys must be strings"),
     ],
 )
 def test_a_recipe_with_a_mistake_says_which(tmp_path: Path, content: str, said: str) -> None:

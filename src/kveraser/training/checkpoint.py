@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, in one file."""
+"""Checkpoints: the state of a run in one file, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from kveraser.files import replacing
 
 
 class TrainingError(KVEraserError):
-    """Training can't go on: NaN loss, a full disk, or a checkpoint that does not belong to the recipe."""
+    """Training can't continue: NaN loss, a full disk, or a checkpoint of another recipe."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values by temporary name and atomic rename.
+    """Write tensors and plain values to a temporary file and rename it.
 
     Raises:
-        TrainingError: they can't be written; an earlier checkpoint stays.
+        TrainingError: the file can't be written; the earlier checkpoint is kept.
     """
     try:
         with replacing(path) as temporary:
             torch.save(state, temporary)
     except (OSError, RuntimeError) as error:
         raise TrainingError(
-            f"can't write a checkpoint to {path.parent} ({error}): free space and resume; the earlier one stays"
+            f"can't write a checkpoint to {path.parent} ({error}): free space and resume; the earlier one is kept"
         ) from error
 
 
@@ -34,10 +34,10 @@ def read_checkpoint(path: Path, fingerprint: str, device: torch.device) -> dict[
     """Read a checkpoint of the recipe with this fingerprint.
 
     Raises:
-        TrainingError: it can't be read, or another recipe wrote it.
+        TrainingError: the file is unreadable, or belongs to another recipe.
     """
     try:
-        # Tensors and plain values only: a checkpoint can run no code.
+        # `weights_only`: a checkpoint can't run code.
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
     except Exception as error:
         raise TrainingError(

@@ -1,8 +1,8 @@
-"""The objective: answer from the edited cache as from the exact one, with gradients that reach the eraser alone.
+"""The training objective: answers from the edited cache should match those from the exact reference.
 
-Cases of one shape (as many tokens of prefix, span and suffix) run together, without padding their contexts. Each is
-prefilled once: the prefix serves the exact reference, the contaminated suffix and the steering states. All queries of a
-case are packed into one forward pass, each seeing the context and itself.
+Gradients reach the eraser only. Cases of one shape (equal lengths of prefix, span and suffix) form a batch without
+padding of contexts. Each context is prefilled once; exact reference, contaminated suffix and steering states share the
+prefix. All queries of a case run in one forward pass, each attending to the context and itself.
 """
 
 from __future__ import annotations
@@ -27,56 +27,70 @@ from kveraser.training.checkpoint import TrainingError
 Objective = Literal["kl", "ce", "both"]
 
 HEAD_TOLERANCE = 0.05
-"""Nats: far above rounding in 16 bits, far below what another scale of the logits makes."""
+"""Nats: well above 16-bit rounding, well below the effect of a different scale of the logits."""
 
 Shape = tuple[int, int, int]
-"""Tokens of prefix, span and suffix."""
+"""Number of tokens of prefix, span and suffix."""
 
 Prefills = dict[tuple[int, ...], list[KeyValue]]
-"""States of unerased contexts, by their tokens: a pair a layer, `[1, kv_heads, tokens, head_dim]`."""
+"""States of unerased contexts by their tokens: `(keys, values)` per layer, `[1, kv_heads, tokens, head_dim]`."""
 
 
 def shape(case: TokenizedCase) -> Shape:
-    """What cases must agree in to run together."""
+    """Return the shape of a case; cases of one batch have equal shapes."""
     return len(case.prefix), len(case.span), len(case.suffix)
 
 
 def context(case: TokenizedCase) -> tuple[int, ...]:
-    """The tokens of the unerased context."""
+    """Return the tokens of the unerased context."""
     return (*case.prefix, *case.span, *case.suffix)
 
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """All of a batch that does not depend on the eraser: computed once, without gradients.
+    """The part of a batch that does not depend on the eraser, computed once without gradients.
 
     Attributes:
-        cases: of one shape.
-        prefix: the prefixes' states, a pair a layer, `[batch, kv_heads, prefix, head_dim]`.
-        before: the same with the spans' old states behind them.
-        suffix: the contaminated suffixes' states, at their old positions.
-        teacher: log-probabilities of the exact reference at every answer token, float32 `[answers, vocabulary]`, case
-            after case, query after query.
-        unerased: KL(exact || unerased) at every answer token, float32 `[answers]`, in nats; None where it was not asked
-            for.
+        cases: cases of one shape.
+        states: unerased contexts, `(keys, values)` per layer, `[batch, kv_heads, tokens, head_dim]`.
+        hidden: last hidden states of the exact reference at every answer token, `[answers, hidden]`, ordered by case
+            and query.
+        teacher: log-probabilities of the same, float32 `[answers, vocabulary]`.
+        unerased: KL(exact || unerased) at every answer token, float32 `[answers]`, in nats; None if not measured.
     """
 
     cases: tuple[TokenizedCase, ...]
-    prefix: list[KeyValue]
-    before: list[KeyValue]
-    suffix: list[KeyValue]
-    teacher: torch.Tensor
+    states: list[KeyValue]
     hidden: torch.Tensor
+    teacher: torch.Tensor
     unerased: torch.Tensor | None = None
 
     @property
+    def prefix(self) -> list[KeyValue]:
+        """States of the prefixes, as views."""
+        return self._slots(0, shape(self.cases[0])[0])
+
+    @property
+    def before(self) -> list[KeyValue]:
+        """States of prefixes and spans, as views."""
+        return self._slots(0, sum(shape(self.cases[0])[:2]))
+
+    @property
+    def suffix(self) -> list[KeyValue]:
+        """States of the contaminated suffixes at their old positions, as views."""
+        return self._slots(sum(shape(self.cases[0])[:2]), None)
+
+    def _slots(self, start: int, end: int | None) -> list[KeyValue]:
+        return [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in self.states]
+
+    @property
     def answers(self) -> list[int]:
-        """Answer tokens of every case."""
+        """Number of answer tokens of every case."""
         return [sum(len(answer) for _, answer in case.queries) for case in self.cases]
 
     @property
     def no_harm(self) -> torch.Tensor:
-        """Which answer tokens belong to queries that the span never touched, bool `[answers]`."""
+        """Whether each answer token belongs to a query that does not depend on the span, bool `[answers]`."""
         return torch.tensor(
             [
                 kind == "no_harm"
@@ -90,8 +104,7 @@ class PreparedBatch:
     @property
     def nbytes(self) -> int:
         """Bytes of the states and the reference."""
-        tensors = [self.teacher, *(states for pair in (*self.before, *self.suffix) for states in pair)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.nbytes for tensor in (self.teacher, *(one for pair in self.states for one in pair)))
 
 
 def prepare(
@@ -101,21 +114,20 @@ def prepare(
     prefills: Prefills | None = None,
     reference: torch.Tensor | None = None,
 ) -> PreparedBatch:
-    """Prefill cases of one shape and let the exact reference answer their queries.
+    """Prefill cases of one shape and compute the exact reference of their queries.
 
     Args:
-        measure_unerased: answer them from the unerased cache as well, for fidelity.
-        prefills: of contexts that other cases share, from `shared_prefills`.
-        reference: last hidden states of the exact reference (see `exact_reference`), where they are known.
+        measure_unerased: compare with the unerased cache as well, for fidelity.
+        prefills: states of contexts that several cases share, from `shared_prefills`.
+        reference: last hidden states of the exact reference, if known (see `exact_reference`).
     """
     p, m, s = shape(cases[0])
     n = p + m + s
     queries = [case.queries for case in cases]
     with torch.no_grad():
         states = _prefilled(backbone, [context(case) for case in cases], prefills or {})
-        prefix, before, suffix = split_states(states, cases[0])
         if reference is None:
-            cache = concat_kv(prefix)
+            cache = concat_kv([(keys[:, :, :p], values[:, :, :p]) for keys, values in states])
             if s:
                 _forward(backbone, [case.suffix for case in cases], torch.arange(p, p + s), cache)
             reference = answer_hidden(backbone, cache, p + s, p + s, queries)
@@ -123,23 +135,11 @@ def prepare(
         unerased = None
         if measure_unerased:
             unerased = token_kl(teacher, answer_log_probabilities(backbone, concat_kv(states), n, n, queries))
-    return PreparedBatch(tuple(cases), prefix, before, suffix, teacher, reference, unerased)
-
-
-def split_states(
-    states: Sequence[KeyValue], case: TokenizedCase
-) -> tuple[list[KeyValue], list[KeyValue], list[KeyValue]]:
-    """States of contexts of this case's shape, as views: of the prefix, of prefix and span, of the suffix."""
-    p, m, _ = shape(case)
-    return (
-        [(keys[:, :, :p], values[:, :, :p]) for keys, values in states],
-        [(keys[:, :, : p + m], values[:, :, : p + m]) for keys, values in states],
-        [(keys[:, :, p + m :], values[:, :, p + m :]) for keys, values in states],
-    )
+    return PreparedBatch(tuple(cases), states, reference, teacher, unerased)
 
 
 def exact_reference(backbone: Backbone, cases: Sequence[TokenizedCase]) -> torch.Tensor:
-    """The exact reference's last hidden states from a fresh prefill of its own, as `PreparedBatch.hidden`."""
+    """Compute `PreparedBatch.hidden` from a separate prefill of prefix and suffix."""
     exact = [(*case.prefix, *case.suffix) for case in cases]
     with torch.no_grad():
         cache = concat_kv(_prefilled(backbone, exact, {}))
@@ -147,7 +147,7 @@ def exact_reference(backbone: Backbone, cases: Sequence[TokenizedCase]) -> torch
 
 
 def shared_prefills(backbone: Backbone, cases: Sequence[TokenizedCase]) -> Prefills:
-    """Prefill the contexts that several of `cases` have in common (several spans of one text), each once."""
+    """Prefill each context that several of `cases` share, as for several spans of one text."""
     contexts = [context(case) for case in cases]
     repeated = {tokens for tokens in contexts if contexts.count(tokens) > 1} if len(set(contexts)) < len(cases) else ()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def shared_prefills(backbone: Backbone, cases: Sequence[TokenizedCase]) -> Prefi
 
 
 def _prefilled(backbone: Backbone, contexts: Sequence[tuple[int, ...]], prefills: Prefills) -> list[KeyValue]:
-    """States of contexts of one length, a pair a layer, `[batch, kv_heads, tokens, head_dim]`."""
+    """States of contexts of one length, `(keys, values)` per layer, `[batch, kv_heads, tokens, head_dim]`."""
     if any(tokens in prefills for tokens in contexts):
         rows = [prefills[tokens] if tokens in prefills else _prefilled(backbone, [tokens], {}) for tokens in contexts]
         return [
@@ -170,7 +170,7 @@ def _prefilled(backbone: Backbone, contexts: Sequence[tuple[int, ...]], prefills
 def edited_log_probabilities(backbone: Backbone, prepared: PreparedBatch, settings: EraserSettings) -> torch.Tensor:
     """Log-probabilities of the edited caches at every answer token, float32 `[answers, vocabulary]`, differentiable.
 
-    The layout runs as in `kveraser` and `kveraser+repair`, on spliced states.
+    The layout runs the same code as in `kveraser` and `kveraser+repair`, on concatenated states.
     """
     cases, store = prepared.cases, SplicedStore(backbone, prepared)
     LAYOUTS[settings.layout].write(store, backbone.require_eraser().extras)
@@ -189,14 +189,12 @@ def edited_log_probabilities(backbone: Backbone, prepared: PreparedBatch, settin
 
 
 class SplicedStore:
-    """States of a prepared batch as a layout's store, out of place: gradients flow through all parts.
-
-    See `kveraser.steering.layouts.Store`, whose methods these are.
+    """A `kveraser.steering.layouts.Store` of a prepared batch, out of place, so that gradients flow through all parts.
 
     Attributes:
-        steering: the steering states, a pair a layer.
-        suffix: the suffix's states, a pair a layer.
-        start: position of the suffix's first token.
+        steering: steering states, `(keys, values)` per layer.
+        suffix: states of the suffix, `(keys, values)` per layer.
+        start: position of the first suffix token.
     """
 
     def __init__(self, backbone: Backbone, prepared: PreparedBatch) -> None:
@@ -206,17 +204,17 @@ class SplicedStore:
         self.steering, self.suffix, self.start = list[KeyValue](), prepared.suffix, p + m
 
     def run_span(self, positions: torch.Tensor) -> None:
-        """Attends to the prefix."""
+        """Compute the steering states of the span's tokens, which attend to the prefix."""
         spans = [case.span for case in self.prepared.cases]
         self.steering = run_eraser(self.backbone, concat_kv(self.prepared.prefix), positions, tokens=spans)
 
     def run_slots(self, embeddings: torch.Tensor, positions: torch.Tensor) -> None:
-        """Attends to prefix and span."""
+        """Compute the steering states of embeddings, which attend to prefix and span."""
         before = concat_kv(self.prepared.before)
         self.steering = run_eraser(self.backbone, before, positions, embeddings=embeddings)
 
     def close_gap(self) -> None:
-        """Re-rotates the suffix keys by minus the span's length."""
+        """Re-rotate the suffix keys by minus the span's length."""
         m = len(self.span_positions)
         keys = self.backbone.rotation.rotate([keys for keys, _ in self.suffix], -m)
         self.suffix = [(key, value) for key, (_, value) in zip(keys, self.suffix, strict=True)]
@@ -226,15 +224,15 @@ class SplicedStore:
 def answer_log_probabilities(
     backbone: Backbone, cache: Any, slots: int, position: int, queries: Sequence[Sequence[Pair]]
 ) -> torch.Tensor:
-    """Log-probabilities of `answer_hidden`, float32 `[answer tokens of all queries of all cases, vocabulary]`."""
+    """Log-probabilities at the positions of `answer_hidden`, float32 `[answers, vocabulary]`."""
     return log_probabilities(backbone, answer_hidden(backbone, cache, slots, position, queries))
 
 
 def log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of last hidden states `[tokens, hidden]`, float32 `[tokens, vocabulary]`.
 
-    Logits are scaled and capped as in the model's own forward: Granite divides by `logits_scaling`, Cohere multiplies
-    by `logit_scale`, Gemma 2 and later cap at `final_logit_softcapping`. `check_head` compares the two.
+    Logits are scaled and capped as in the model's forward pass: Granite divides by `logits_scaling`, Cohere multiplies
+    by `logit_scale`, Gemma 2 and later cap at `final_logit_softcapping`.
     """
     logits: torch.Tensor = backbone.model.get_output_embeddings()(hidden)
     config = backbone.model.config.get_text_config(decoder=True)
@@ -248,10 +246,10 @@ def log_probabilities(backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def check_head(backbone: Backbone) -> None:
-    """Refuse a backbone whose own logits are others than those that training would compute from its hidden states.
+    """Check that `log_probabilities` gives the logits of the model's own forward pass.
 
     Raises:
-        TrainingError: naming the difference.
+        TrainingError: they differ; the message gives the difference.
     """
     tokens = torch.arange(4, device=backbone.device)[None]
     with torch.no_grad():
@@ -260,30 +258,30 @@ def check_head(backbone: Backbone) -> None:
     difference = float((own - ours).abs().max())
     if difference > HEAD_TOLERANCE:
         raise TrainingError(
-            f"{backbone.name} computes its logits in a way that training does not know: log-probabilities differ by up "
-            f"to {difference:.2g}: train an eraser for another backbone"
+            f"{backbone.name} computes its logits in a way that training does not support: log-probabilities differ by "
+            f"up to {difference:.2g}: train an eraser for another backbone"
         )
 
 
 def answer_hidden(
     backbone: Backbone, cache: Any, slots: int, position: int, queries: Sequence[Sequence[Pair]]
 ) -> torch.Tensor:
-    """Answer all queries of every case in one pass over a cache, each blind to the others.
+    """Run all queries of every case in one pass over a cache; queries do not attend to each other.
 
     Args:
-        cache: a cache of `slots` slots, a row a case; it is written to.
-        position: where every query starts.
-        queries: of every case.
+        cache: a cache of `slots` slots, one row per case; the pass appends to it.
+        position: first position of every query.
+        queries: queries of every case.
 
     Returns:
-        Last hidden states where answer tokens are predicted, `[answer tokens of all queries of all cases, hidden]`.
+        Last hidden states that predict the answer tokens, `[answers, hidden]`, ordered by case and query.
     """
     packs = [pack(pairs, slots, position, shared=True) for pairs in queries]
     longest = max(len(packed.tokens) for packed in packs)
     tokens = torch.zeros(len(packs), longest, dtype=torch.long)
     positions = torch.full((len(packs), longest), position, dtype=torch.long)
     visible = torch.zeros(len(packs), longest, slots + longest, dtype=torch.bool)
-    # Padding comes last, where no query sees it; it sees the context, since a place must see something.
+    # Padding is last, so no query attends to it; it attends to the context, because an empty row would be NaN.
     visible[:, :, :slots] = True
     kept = []
     for row, packed in enumerate(packs):
@@ -293,7 +291,7 @@ def answer_hidden(
         visible[row, :length, : slots + length] = packed.visible
         kept.append(row * longest + packed.kept)
     hidden = _forward(backbone, tokens, positions, cache, backbone.attention_mask(visible))
-    # Only the places that are compared pay for the vocabulary.
+    # The vocabulary projection runs at compared tokens only.
     return hidden.flatten(0, 1)[torch.cat(kept).to(hidden.device)]
 
 
@@ -302,9 +300,9 @@ def case_losses(
 ) -> torch.Tensor:
     """The loss of every case, float32 `[batch]`, in nats per answer token of the case.
 
-    `kl` is KL(exact || edited) at every answer token; `ce` the cross-entropy of the answers, as in the paper; `both`
-    their sum. Cross-entropy rewards an answer for being likely even where the exact reference finds it unlikely, so it
-    is not the default.
+    `kl` is KL(exact || edited) at every answer token, `ce` the cross-entropy of the answers as in the paper, and `both`
+    their sum. Cross-entropy rewards likely answers even if the exact reference finds them unlikely, so it is not the
+    default.
     """
     edited = edited_log_probabilities(backbone, prepared, settings)
     weights = torch.where(prepared.no_harm, no_harm_weight, 1.0)
@@ -315,12 +313,12 @@ def case_losses(
         answers = [token for case in prepared.cases for _, answer in case.queries for token in answer]
         losses = losses - edited.gather(1, torch.tensor(answers, device=edited.device)[:, None])[:, 0]
     parts = zip((losses * weights).split(prepared.answers), weights.split(prepared.answers), strict=True)
-    # A case whose queries all weigh nothing has no loss, rather than none that is a number.
+    # If all weights of a case are zero, its loss is zero instead of NaN.
     return torch.stack([loss.sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny) for loss, weight in parts])
 
 
 def token_kl(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(exact || other) at every place, `[answers]`, in nats, from log-probabilities `[answers, vocabulary]`."""
+    """KL(exact || other) in nats, `[answers]`, from log-probabilities `[answers, vocabulary]`."""
     return (exact.exp() * (exact - other)).sum(dim=-1)
 
 
@@ -331,9 +329,10 @@ def _forward(
     cache: Any,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The decoder with the adapter off, last hidden states `[batch, tokens, hidden]`; gradients flow through the cache.
+    """Run the decoder with the adapter off; gradients flow through the cache.
 
-    `positions` are whole numbers, `[tokens]` for all rows or `[batch, tokens]`.
+    `positions` are integers, `[tokens]` for all rows or `[batch, tokens]`. Returns the last hidden states, `[batch,
+    tokens, hidden]`.
     """
     output = backbone.model.base_model(
         input_ids=torch.as_tensor(tokens, device=backbone.device),

@@ -1,4 +1,4 @@
-"""The log of a run: a JSON object a step, and the same curves for TensorBoard where it is installed."""
+"""The log of a run: one JSON object per step, and curves for TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LOG, CURVES = "log.jsonl", "tensorboard"
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of the log, after an optimizer step.
+    """One line of the log, written after an optimizer step.
 
     Attributes:
-        step: optimizer steps done.
-        steps: in all.
+        step: number of optimizer steps done.
+        steps: number of steps of the run.
         loss: mean over the step's cases.
-        tokens_per_second: context and answer tokens of the step's cases, over all processes and the step's time.
-        seconds_left: at the pace so far, evaluations included.
-        kl: of the held-out cases where this step was evaluated, nats per answer token, over all their queries.
-        fidelity: of the same.
-        no_harm: KL of those of their queries that the span never touched, where there are any.
+        tokens_per_second: context and query tokens of the step's cases in all processes, by the time of the step.
+        seconds_left: estimate from the average pace, evaluations included.
+        kl: KL of the held-out cases, nats per answer token; None if this step was not evaluated.
+        fidelity: fidelity of the held-out cases.
+        no_harm: KL of the held-out queries that do not depend on the span, if there are any.
     """
 
     step: int
@@ -40,7 +40,7 @@ class Progress:
 
 
 class Log:
-    """Appends to the log in `folder`, from step `step` on: lines of later steps, left by a killed run, are dropped."""
+    """Appends to the log in `folder` after step `step`. Lines of later steps, left by a killed run, are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / LOG

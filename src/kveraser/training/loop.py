@@ -1,4 +1,4 @@
-"""The training loop: one eraser, one case file, one process or many, resumable to the bit."""
+"""The training loop: trains an eraser in one process or several, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kveraser.training.recipe import OptimizerSettings, Recipe, as_recipe
 CHECKPOINT, BEST, PREPARED = "checkpoint.pt", "best", "prepared"
 
 KEPT_BYTES = 2 << 30
-"""Of held-out cases prepared once; what goes beyond is prepared again when its turn comes."""
+"""Limit of prepared held-out cases in memory; cases beyond it are prepared again in every evaluation."""
 
 
 def train(
@@ -49,18 +49,19 @@ def train(
     """Train an eraser and return the folder of the best one, in plain PEFT format.
 
     Launched as several processes (`accelerate launch -m kveraser train RECIPE`, `torchrun`), each trains on its share
-    of every step's cases, with the losses of a single one up to rounding. They share the recipe's output folder.
+    of every step's cases; losses equal those of a single process up to rounding. All write to one output folder.
 
     Args:
-        recipe: or its fields, or its file.
-        resume: go on from the checkpoint in the recipe's output folder, if there is one.
+        recipe: a recipe, its fields, or the path of its file.
+        resume: continue from the checkpoint in the recipe's output folder, if there is one.
         progress: called after every optimizer step, in the main process.
-        stop: end after this many steps, as if interrupted (the schedule still spans them all).
+        stop: end after this many steps, as if interrupted; the learning rate schedule still spans all steps.
 
     Raises:
-        InputError: a malformed recipe; cases missing, malformed or too few.
+        InputError: a malformed recipe, or cases that are missing, malformed or too few.
         ContextLengthError: a case is longer than the backbone allows.
-        TrainingError: NaN loss, naming the case; the last checkpoint stays. Or a checkpoint of another recipe.
+        TrainingError: NaN loss (the message names the case, the last checkpoint is kept), or a checkpoint of another
+            recipe.
     """
     run = _Run(as_recipe(recipe), resume)
     try:
@@ -72,7 +73,7 @@ def train(
 
 
 def learning_rate(settings: OptimizerSettings, step: int, done: float) -> float:
-    """The rate of a step, counted from 0, when the fraction `done` of the run lies behind it."""
+    """Learning rate of a step, counted from 0, after the fraction `done` of the run."""
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     fall = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return settings.learning_rate * warm * (settings.final_fraction + (1 - settings.final_fraction) * fall)
@@ -104,7 +105,7 @@ class _Run:
         )
         self.step, self.best, self.seconds = 0, math.inf, 0.0
         self.kept: dict[int, PreparedBatch] = {}
-        # A batch serves one epoch only where all processes pass in lockstep.
+        # In lockstep, batches depend on the processes, and idle ones repeat a batch: nothing is stored.
         stored = recipe.prepared_gigabytes if recipe.epochs > 1 and not self.processes.lockstep else 0
         self.store = PreparedStore(self.folder / PREPARED, int(stored * 1e9 / self.processes.count))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ class _Run:
         self.log = Log(self.folder, self.step) if self.processes.main else None
 
     def _cases(self) -> tuple[list[TokenizedCase], list[TokenizedCase]]:
-        """Training and held-out cases."""
+        """Read training and held-out cases."""
         recipe, multiple = self.recipe, self.recipe.optimizer.shape_multiple
         wanted, per_step = recipe.evaluation.cases, recipe.optimizer.cases_per_step
         cases = list(tokenized(self.backbone, read_cases(recipe.data), multiple))
@@ -126,7 +127,7 @@ class _Run:
             return cases[:-wanted], cases[-wanted:]
         if len(cases) < per_step:
             raise InputError(f"{recipe.data} has {len(cases)} cases, but a step takes {per_step}: build more")
-        # Measured whole, whatever the training cases are cut to.
+        # Held-out cases are never cut.
         held_out = list(tokenized(self.backbone, islice(read_cases(recipe.evaluation.data), wanted)))
         if len(held_out) < wanted:
             raise InputError(
@@ -152,14 +153,14 @@ class _Run:
             )
             self.backbone.eraser = eraser
         for parameter in eraser.parameters().values():
-            # Steps are smaller than what bfloat16 can add to a weight.
+            # In bfloat16, an update would be rounded away.
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return eraser
 
     def go(self, progress: Callable[[Progress], None], stop: int | None) -> None:
         if self.step == 0:
-            # What never beats its start is not kept: the start is the first best.
+            # The start is the first best eraser.
             self._evaluate()
         last_checkpoint = started = time.monotonic()
         earlier = self.seconds
@@ -199,7 +200,7 @@ class _Run:
             self.store.clear()
 
     def _done(self) -> float:
-        """The fraction of the run that lies behind, by steps or by time."""
+        """Fraction of the run that is done, by steps or by time."""
         limit = self.recipe.max_minutes
         return min(1.0, max(self.step / self.steps, 0.0 if limit is None else self.seconds / (60 * limit)))
 
@@ -212,9 +213,9 @@ class _Run:
         return left if limit is None else max(0.0, min(left, 60 * limit - seconds))
 
     def _gradients(self, cases: Sequence[TokenizedCase], seconds: float) -> float:
-        """Gradients of the mean loss of a step's cases, in all processes; returns that loss.
+        """Compute the gradients of the mean loss of a step's cases over all processes, and return that loss.
 
-        `seconds` since the run began become known to all as the main process measured them.
+        `seconds` since the start of the run are taken from the main process in all processes.
         """
         recipe = self.recipe
         losses = torch.zeros(len(cases) + 1, dtype=torch.float64)
@@ -232,15 +233,15 @@ class _Run:
         if broken:
             raise TrainingError(
                 f"the loss of case {cases[broken[0]].id} at step {self.step + 1} is {float(losses[broken[0]])}: the "
-                f"last good checkpoint is in {self.folder}; resume with a lower learning rate in a new recipe that "
-                "starts from it"
+                f"last good checkpoint is in {self.folder}; lower the learning rate in a new recipe whose initial is "
+                f"the eraser in {self.folder / BEST}"
             )
         self.processes.sum_gradients(self.parameters)
         self.seconds = float(losses[-1])
         return float(losses[:-1].mean())
 
     def _prepared(self, cases: Sequence[TokenizedCase], prefills: Prefills) -> PreparedBatch:
-        """Cases prepared for training; the exact reference and the states of a batch serve every epoch."""
+        """Load the prepared batch of these cases, or prepare and store it."""
         batch = self.store.load(self.backbone, cases)
         if batch is None:
             batch = prepare(self.backbone, cases, prefills=prefills)
@@ -248,7 +249,7 @@ class _Run:
         return batch
 
     def _shares(self, cases: Sequence[TokenizedCase]) -> list[tuple[list[int], float]]:
-        """This process's batches among `cases`, as places, each with its weight."""
+        """Batches of this process among `cases`, as indices, each with its weight."""
         size, processes = self.recipe.optimizer.cases_per_batch, self.processes
 
         def dealt(index: int) -> list[list[int]]:
@@ -257,18 +258,19 @@ class _Run:
 
         own = [(batch, 1.0) for batch in dealt(processes.index)]
         if processes.lockstep:
-            # All must pass equally often: who has fewer batches repeats one that weighs nothing.
+            # All processes must run equally many passes: fewer batches are filled up with one of weight zero.
             longest = max(len(dealt(index)) for index in range(processes.count))
             idle = own[0][0] if own else [0]
             own += [(idle, 0.0)] * (longest - len(own))
         return own
 
     def _evaluate(self) -> tuple[float, float | None, float | None]:
-        """KL of the held-out cases, nats per answer token, their fidelity, and KL of their no-harm queries.
+        """Evaluate on the held-out cases and save the eraser if it is the best.
 
-        A new best eraser is written.
+        Returns:
+            KL in nats per answer token, fidelity, and KL of the no-harm queries.
         """
-        # A row a case: KL sums of the edited and the unerased cache, and of the no-harm queries alone, with tokens.
+        # One row per case: KL sums of edited and unerased cache, tokens, KL sum and tokens of the no-harm queries.
         sums = torch.zeros(len(self.evaluating), 5, dtype=torch.float64)
         for places, weight in self._shares(self.evaluating):
             batch = self._held_out(places)

@@ -1,4 +1,4 @@
-"""Prepared batches on disk: later epochs run the eraser's passes only, not the prefill and the exact reference."""
+"""Prepared batches on disk, so that later epochs skip the prefill and the exact reference."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from safetensors.torch import load_file, save_file
 from kveraser.files import replacing
 from kveraser.model.backbone import Backbone
 from kveraser.training.cases import TokenizedCase
-from kveraser.training.distill import PreparedBatch, log_probabilities, split_states
+from kveraser.training.distill import PreparedBatch, log_probabilities
 
 log = logging.getLogger(__name__)
 
 
 class PreparedStore:
-    """Prepared batches of one run, a file each, up to a number of bytes.
+    """Prepared batches of one run, one file each, up to `limit_bytes`; 0 stores nothing.
 
-    A file holds the states of the unerased contexts, and of the exact reference its last hidden states, from which its
-    log-probabilities follow. A case of 400 tokens on SmolLM2-135M takes 18 MB in float32.
+    A file holds the states of the unerased contexts and the last hidden states of the exact reference. A case of 400
+    tokens on SmolLM2-135M takes 18 MB in float32. Files of an interrupted run are reused.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """Use `folder`, with the files that an interrupted run left there; 0 bytes store nothing."""
         self.folder, self.limit_bytes = folder, limit_bytes
         self.bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
     def load(self, backbone: Backbone, cases: Sequence[TokenizedCase]) -> PreparedBatch | None:
-        """The batch of these cases, or None where it was not stored or can't be read."""
+        """Load the batch of these cases; None if it is not stored or unreadable."""
         try:
             tensors = load_file(self._file(backbone, cases), device=str(backbone.device))
         except (OSError, SafetensorError):
@@ -43,16 +42,15 @@ class PreparedStore:
         hidden = tensors["hidden"]
         with torch.no_grad():
             teacher = log_probabilities(backbone, hidden)
-        return PreparedBatch(tuple(cases), *split_states(states, cases[0]), teacher, hidden)
+        return PreparedBatch(tuple(cases), states, hidden, teacher)
 
     def save(self, backbone: Backbone, batch: PreparedBatch) -> None:
-        """Store a batch; without room for it, or on a full disk, it is prepared again in the next epoch."""
+        """Store a batch. Beyond the limit or on a full disk, it is prepared again in the next epoch."""
         if not self.limit_bytes:
             return
         tensors = {"hidden": batch.hidden.cpu().contiguous()}
-        for layer, (before, suffix) in enumerate(zip(batch.before, batch.suffix, strict=True)):
-            for name, *parts in (("keys", before[0], suffix[0]), ("values", before[1], suffix[1])):
-                tensors[f"{name}.{layer}"] = torch.cat(parts, dim=2).cpu().contiguous()
+        for layer, (keys, values) in enumerate(batch.states):
+            tensors |= {f"keys.{layer}": keys.cpu().contiguous(), f"values.{layer}": values.cpu().contiguous()}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self.bytes + size > self.limit_bytes:
             return
@@ -67,7 +65,7 @@ class PreparedStore:
             self.limit_bytes = 0
 
     def clear(self) -> None:
-        """Delete all that was stored."""
+        """Delete all stored batches."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.bytes = 0
 

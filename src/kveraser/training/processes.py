@@ -1,8 +1,8 @@
-"""One process or many: who deals with which cases, and what is added up between them.
+"""Training in one process or several: each takes a share of the cases, and gradients are summed.
 
-The adapter is small and every process holds all of it, with its optimizer: after a step's passes the gradients of all
-processes are added up, once. So a process may run any number of batches, of any shapes, and none at all. Under FSDP
-(`accelerate launch --use_fsdp`) the layers of the frozen backbone are sharded as well.
+Every process holds the whole adapter and its optimizer, because they are small. Gradients are summed once per step, so
+a process may run any number of batches of any shapes, or none. Under FSDP (`accelerate launch --use_fsdp`) the layers
+of the frozen backbone are sharded as well.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Processes:
     """This process among those that were launched together (`accelerate launch`, `torchrun`), or alone.
 
     Attributes:
-        device: of this process.
-        main: whether it is the one that logs and saves.
-        lockstep: whether all must run the same number of passes.
+        device: device of this process.
+        main: whether this process logs and saves.
+        lockstep: whether all processes must run the same number of passes.
     """
 
     def __init__(self) -> None:
@@ -32,23 +32,23 @@ class Processes:
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.main: bool = state.is_main_process
-        # What `accelerate launch` passes on; its own state knows no FSDP on a CPU.
+        # Read from the environment, because accelerate's state does not report FSDP on a CPU.
         self.lockstep: bool = self.count > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     def share(self, count: int, index: int | None = None) -> range:
-        """The places among `count` that are dealt to a process (default: this one): runs as even as can be."""
+        """Return the indices below `count` of a process (default: this one), split as evenly as possible."""
         index = self.index if index is None else index
         return range(count * index // self.count, count * (index + 1) // self.count)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Values added up over all processes: the same bits in each."""
+        """Sum values over all processes, with the same bits in each."""
         if self.count == 1:
             return values
         total: torch.Tensor = reduce(values, reduction="sum")
         return total
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up the gradients over all processes; what has one in none keeps none."""
+        """Sum gradients over all processes; a parameter without a gradient in any process keeps none."""
         if self.count == 1:
             return
         parts = [parameter.new_zeros(parameter.numel() + 1) for parameter in parameters]
@@ -60,13 +60,13 @@ class Processes:
             parameter.grad = part[:-1].view_as(parameter) if part[-1] else None
 
     def shard(self, backbone: Backbone) -> None:
-        """Under FSDP, spread the frozen weights of the decoder layers over the processes; the adapter stays whole.
+        """Under FSDP, shard the frozen weights of the decoder layers over the processes; the adapter stays whole.
 
-        The last layer stays whole too: what follows its steering keys and values serves no one, so no gradient arrives
-        at its output, where FSDP waits for one to gather the weights again.
+        The last layer stays whole too: in the steering pass only its keys and values are used, so its output gets no
+        gradient, and FSDP would wait for one before gathering the weights again.
 
         Raises:
-            BackboneError: the model's decoder layers are not where transformers keeps them.
+            BackboneError: the model's list of decoder layers is not found.
         """
         if not self.lockstep:
             return

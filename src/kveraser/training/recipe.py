@@ -1,4 +1,4 @@
-"""A training recipe: one YAML file says everything that a run needs, and nothing else does."""
+"""A training recipe: one YAML file with all settings of a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class _Strict(BaseModel):
 
 
 class AdapterSettings(_Strict):
-    """The LoRA: the paper's shape by default."""
+    """Shape of the LoRA; the default is the paper's."""
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
 
 
 class OptimizerSettings(_Strict):
-    """AdamW with a warm-up and a decay to `final_fraction` of the learning rate."""
+    """AdamW with warm-up, and decay to `final_fraction` of the learning rate."""
 
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -36,15 +36,15 @@ class OptimizerSettings(_Strict):
     schedule: Literal["cosine", "linear"] = "cosine"
     final_fraction: float = Field(default=0.05, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0)
-    cases_per_step: int = Field(default=4, ge=1, description="Cases behind a step, over all processes and batches.")
-    cases_per_batch: int = Field(default=1, ge=1, description="Most cases of one shape that run at once in a process.")
+    cases_per_step: int = Field(default=4, ge=1, description="Cases per step, over all processes and batches.")
+    cases_per_batch: int = Field(default=1, ge=1, description="Most cases of one shape per batch.")
     shape_multiple: int = Field(
-        default=1, ge=1, description="Cut cases so that more share a shape: see `batches.trimmed`. 1 cuts nothing."
+        default=1, ge=1, description="Cut cases so that more have a common shape, see `batches.trimmed`; 1: no cut."
     )
 
 
 class EvaluationSettings(_Strict):
-    """Held-out evaluation during training; the checkpoint with the lowest KL is kept as the best."""
+    """Held-out evaluation during training; the eraser with the lowest KL is saved as the best."""
 
     data: str | None = Field(default=None, description="Held-out case file; None: the end of the training file.")
     cases: int = Field(default=24, ge=1, description="The first cases of `data`, or the last of the training file.")
@@ -52,26 +52,26 @@ class EvaluationSettings(_Strict):
 
 
 class Recipe(_Strict):
-    """One training run, on one process or on many: the number of processes is the launcher's, and changes no numbers.
+    """Settings of a training run. The number of processes is set by the launcher and does not change the numbers.
 
     Attributes:
         backbone: bundled name, folder or hub id.
-        precision: of the frozen backbone: `float32`, `bfloat16`, or `auto`: bfloat16 on CUDA, float32 on a CPU. The
-            adapter, its optimizer and the objective are float32 in all.
-        data: case file that `kveraser data build` wrote.
-        output: folder of the run: checkpoints, the best eraser, the log.
-        layout, repair, repair_per_span, slots: what the eraser is trained for, as in `EraserSettings`.
-        objective: `kl` distils the exact reference, `ce` is the paper's, `both` their sum.
-        no_harm_weight: weight of answer tokens of queries the span never touched.
+        precision: dtype of the frozen backbone: `float32`, `bfloat16`, or `auto` (bfloat16 on CUDA, float32 on a CPU).
+            Adapter, optimizer and objective are always float32.
+        data: case file, as written by `kveraser data build`.
+        output: folder for checkpoints, the best eraser and the log.
+        layout, repair, repair_per_span, slots: how the eraser is used, as in `EraserSettings`.
+        objective: `kl` distills the exact reference, `ce` is the paper's cross-entropy, `both` is their sum.
+        no_harm_weight: weight of answer tokens of queries that do not depend on the span.
         epochs: passes over the training cases.
-        prepared_gigabytes: disk for prefilled states and exact references in the output folder, which epochs after the
-            first reuse; deleted when the run ends. 0 stores nothing.
-        max_minutes: stop at this wall-clock limit, evaluated and saved, with the learning rate fallen as it would have
-            at the end: the schedule follows the steps or the time, whichever is further on. Such a run depends on the
-            machine's speed and can't be repeated to the bit. None: no limit.
-        initial: eraser to start from (stage 2 starts from stage 1); None: B = 0. A path that begins with a dot is
-            relative to the recipe.
-        checkpoint_minutes: how often to write a checkpoint.
+        prepared_gigabytes: disk space in the output folder for prefilled states and exact references, which later
+            epochs reuse; deleted at the end of the run. 0 stores nothing.
+        max_minutes: time limit, after which the run is evaluated and saved. The learning rate schedule follows steps
+            or time, whichever is further, so such a run depends on the machine's speed and is not reproducible bit for
+            bit. None: no limit.
+        initial: eraser to start from, such as the best one of stage 1; None: an untrained LoRA. A path that begins with
+            a dot is relative to the recipe.
+        checkpoint_minutes: time between checkpoints.
         seed: of the initial adapter and the order of cases.
     """
 
@@ -97,10 +97,10 @@ class Recipe(_Strict):
 
     @property
     def settings(self) -> EraserSettings:
-        """What the eraser is trained for.
+        """Settings that the eraser is trained for.
 
         Raises:
-            EraserError: what no eraser can be, such as layout `compact` without slots.
+            EraserError: they are invalid, such as layout `compact` without slots.
         """
         settings = EraserSettings(self.layout, self.repair, self.repair_per_span, self.slots)
         settings.check("recipe")
@@ -108,16 +108,16 @@ class Recipe(_Strict):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that shapes the run's numbers, hex: a checkpoint resumes only under the same."""
+        """SHA-256 of all settings that change the numbers, hex; a checkpoint resumes only under an equal one."""
         fields = self.model_dump_json(exclude={"output", "checkpoint_minutes", "prepared_gigabytes"})
         return hashlib.sha256(fields.encode()).hexdigest()
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """A recipe from its fields, or from a file (see `load_recipe`); paths among given fields are as they are.
+    """Make a recipe of its fields, or of a file (see `load_recipe`); paths in given fields are not changed.
 
     Raises:
-        InputError: an unknown key (with the nearest valid one), a wrong type, or a file that is none.
+        InputError: an unknown key (with the nearest valid one), a wrong type, or an unreadable file.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -128,7 +128,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe; relative paths in it are relative to its folder.
 
     Raises:
-        InputError: missing, not YAML, an unknown key (with the nearest valid one) or a wrong type.
+        InputError: the file is missing or not YAML, an unknown key (with the nearest valid one), or a wrong type.
     """
     source = Path(path)
     try:
@@ -149,7 +149,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def _checked(content: Any, source: str) -> Recipe:
     if not isinstance(content, dict):
-        raise InputError(f"{source} holds {type(content).__name__}, not a mapping: write one `key: value` a line")
+        raise InputError(f"{source} holds {type(content).__name__}, not a mapping: write one `key: value` per line")
     try:
         return Recipe(**content)
     except (ValidationError, TypeError) as error:
@@ -162,7 +162,7 @@ def _relative(source: Path, place: str) -> str:
 
 def _explain(error: ValidationError | TypeError) -> str:
     if isinstance(error, TypeError):
-        return f"{error}: keys are texts"
+        return f"{error}: keys must be strings"
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
