@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from evaluation.commands_quality import Corpus
-from kveraser.cli.console import bar, emit, print_rows, say
-from kveraser.cli.evaluate import Seed, base, serving, sizes
+from kveraser.cli.console import bar, emit, say
+from kveraser.cli.evaluate import Seed, base, print_run, serving, sizes
 from kveraser.cli.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
 COMMAND = "python -m evaluation frontier"
@@ -62,10 +62,6 @@ def frontier(
     if json_output:
         emit(result)
         return
-    print_rows("Frontier", result["rows"], SHOWN)
-    for cell in measured.left_out:
-        say(f"Left out: {cell.cell}: {cell.reason}")
-    for name, reason in unserved.items():
-        say(f"Left out: {name}: {reason}")
+    print_run("Frontier", result, SHOWN)
     if target is not None:
         say(f"Picture: {target}")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kveraser.cli.console import bar, emit, print_rows, say
-from kveraser.cli.evaluate import SHOWN, Methods, Seed, base, chosen_methods, serving, sizes
+from kveraser.cli.console import bar, emit, say
+from kveraser.cli.evaluate import SHOWN, Methods, Seed, base, chosen_methods, print_run, serving, sizes
 from kveraser.cli.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
 COMMAND = "python -m evaluation quality"
@@ -92,10 +92,6 @@ def quality(
     if json_output:
         emit(result)
         return
-    print_rows("Quality", result["rows"], SHOWN)
-    for cell in measured.left_out:
-        say(f"Left out: {cell.cell}: {cell.reason}")
-    for name, reason in unserved.items():
-        say(f"Left out: {name}: {reason}")
+    print_run("Quality", result, SHOWN)
     if output is not None:
         say(f"Cases: {output}; look at them with `python -m evaluation report {output}`")

@@ -1,4 +1,4 @@
-"""Which cases a page shows: of every cell those where the methods differ most, and some drawn at random."""
+"""Selects the cases that a page shows: in every cell those where methods differ most, and some at random."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.report.read import EXACT, KEYS, UNERASED, parse
+from evaluation.report.read import KEYS, parse
 from kveraser.errors import InputError
+from kveraser.measure.quality import EXACT, UNERASED
+from kveraser.measure.results import CaseResult
 
 SPREAD, RANDOM = "largest KL spread", "drawn at random"
 SHOWN = ("id", *KEYS, "context_tokens", "erased_tokens", "distance_tokens", "before", "erased", "after")
@@ -20,7 +22,7 @@ ANSWERED = ("kl", "answer", "correct", "leaked")
 
 @dataclass(frozen=True)
 class _Kept:
-    """A case in its file: where its line begins, and how far the methods are apart."""
+    """A case in its file: the offset of its line, and the spread of the methods' KL."""
 
     id: str
     file: Path
@@ -30,16 +32,16 @@ class _Kept:
 
 
 def choose(files: Sequence[Path], per_cell: int, seed: int) -> list[dict[str, Any]]:
-    """The cases to show, as plain values, in the order of their cells.
+    """Choose the cases to show, as plain values, in the order of their cells.
 
     Args:
-        files: of cases, a line each.
-        per_cell: most cases of a cell. The larger half are those with the largest KL spread: the difference between the
-            methods' highest and lowest KL per answer token. The others are drawn at random.
+        files: of cases, one on each line.
+        per_cell: maximum cases of a cell. The larger half are those with the largest KL spread, the difference between
+            the methods' highest and lowest KL per answer token. The others are drawn at random.
         seed: of the draw.
 
     Raises:
-        InputError: a file that can't be read or holds anything else than cases.
+        InputError: a file that can't be read or contains anything else than cases.
     """
     cells: dict[tuple[Any, ...], list[_Kept]] = {}
     for file in files:
@@ -48,7 +50,7 @@ def choose(files: Sequence[Path], per_cell: int, seed: int) -> list[dict[str, An
                 offset = 0
                 for number, line in enumerate(lines, start=1):
                     if not line.endswith(b"\n"):
-                        # A run that was killed wrote half of it, and will measure that case again.
+                        # A killed run left an incomplete line, and measures that case again.
                         break
                     case = _read_case(file, number, line)
                     kept = _Kept(case["id"], file, number, offset, _spread(case))
@@ -73,34 +75,21 @@ def choose(files: Sequence[Path], per_cell: int, seed: int) -> list[dict[str, An
 
 
 def _read_case(file: Path, number: int, line: bytes) -> dict[str, Any]:
-    """A line of cases, with everything that the page shows."""
+    """Read and check a line."""
     place = f"line {number} of {file}"
     case = parse(line.decode("utf-8", "replace"), place)
     try:
-        questions, methods = case["questions"], case["methods"]
-        texts = [case[name] for name in ("id", "suite", "task", "before", "after")] + list(case["erased"])
-        answers = [
-            answer[name]
-            for method in (UNERASED, EXACT, *methods)
-            for answer, _ in zip(methods[method]["answers"], questions, strict=True)
-            for name in ANSWERED
-        ]
-        asked = [question[name] for question in questions for name in ASKED]
-        # An adversary asks each cache in other words, so that there is no KL.
-        kls = [kl for kl in answers[:: len(ANSWERED)] if kl is not None]
-        numbers = [question["tokens"] for question in questions] + kls
-        complete = all(name in case for name in SHOWN) and len(asked) > 0
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        result = CaseResult.from_json(case)
+        answered = {len(result.methods[method].answers) for method in (UNERASED, EXACT, *result.methods)}
+    except (KeyError, ValueError) as error:
         raise InputError(f"{place} is not a case ({error!r}): measure the run again with this version") from error
-    if not complete or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{place} is not a case: measure the run again with this version")
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise InputError(f"{place} has a KL or a number of tokens that is none: measure the run again")
+    if answered != {len(result.questions)} or not result.questions:
+        raise InputError(f"{place} does not have an answer for every question: measure the run again")
     return dict(case)
 
 
 def _spread(case: Mapping[str, Any]) -> float:
-    """The methods' highest KL per answer token less their lowest, on questions that feel the span, or else on all."""
+    """Highest minus lowest KL per answer token of the methods, on influence questions, or else on all."""
     influence = [at for at, question in enumerate(case["questions"]) if question["kind"] == "influence"]
     kls = []
     for method, measured in case["methods"].items():
@@ -133,7 +122,7 @@ def _shown(case: Mapping[str, Any], reason: str) -> dict[str, Any]:
 
 
 def embedded(payload: Any) -> str:
-    """JSON that may stand in a page's script element whatever its texts hold: no `<`, `>` or `&` is left in it."""
+    """JSON for a page's script element, with `<`, `>` and `&` escaped."""
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

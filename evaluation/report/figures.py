@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.report.labels import FONT, Named, look, plain, write_names
-from evaluation.report.read import ALL, EXACT, UNERASED, Results
+from evaluation.report.read import Results
 from evaluation.report.style import MethodStyle, family, styles, widths
+from kveraser.measure.case import ALL
+from kveraser.measure.quality import EXACT, UNERASED
 
 WIDTH, DOTS = 8.0, 144
 """Inches, and dots an inch: drawn to be read at a third of its width."""

@@ -12,8 +12,10 @@ from typing import Any
 
 from evaluation.report.cases import embedded
 from evaluation.report.figures import Drawn
-from evaluation.report.read import ALL, EXACT, UNERASED, Results
+from evaluation.report.read import Results
 from evaluation.report.style import MethodStyle
+from kveraser.measure.case import ALL
+from kveraser.measure.quality import EXACT, UNERASED
 
 PLACE = re.compile(r"\{\{(\w+)\}\}")
 COLUMNS = (

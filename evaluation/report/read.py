@@ -1,5 +1,4 @@
-"""Reads the results of `kveraser bench quality` and `kveraser bench latency`, and refuses those that don't belong
-together."""
+"""Reads results of quality and latency runs, and checks that they belong together."""
 
 from __future__ import annotations
 
@@ -11,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kveraser.errors import InputError
+from kveraser.measure.case import ALL
+from kveraser.measure.rows import AXES
 
-ALL = "all"
-"""In a row's place of a value: the row runs over every one."""
-KEYS = ("suite", "task", "length", "span", "spans", "distance", "depth")
-UNERASED, EXACT = "none", "recompute"
-"""The methods that a quality run measures in any case: nothing erased, and the exact reference."""
-
+KEYS = AXES
 RUN, LATENCY, CASES = "run.json", "latency.json", "cases.jsonl"
 QUALITY_MEASURES = (
     "em", "em_exact", "em_unerased", "kl", "kl_low", "kl_high", "kl_unerased", "fidelity", "fidelity_low",
@@ -34,7 +30,7 @@ KINDS = {
     "kveraser bench latency": "latency",
     "python -m evaluation latency": "latency",
 }
-"""By the command that wrote a result: which form it has."""
+"""The form of a result, by the command that wrote it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,8 @@ class Run:
 
     Attributes:
         kind: quality or latency.
-        result: what the file holds.
-        cases: the file of a quality run's cases, where it was kept.
+        result: the contents of the file.
+        cases: the file of a quality run's cases, if it exists.
     """
 
     source: Path
@@ -58,9 +54,9 @@ class Results:
     """Runs that belong together.
 
     Attributes:
-        rows: of the quality runs; with several runs, without the rows over all suites, which each run has of its own.
-        methods: of all rows, the exact reference and the unerased cache included, in the order of the runs.
-        latency, peers: timed erases, and the same work in other programs.
+        rows: of the quality runs; of several runs, without the rows over all suites.
+        methods: of all rows, in the order of the runs, the exact reference and the unerased cache included.
+        latency, peers: rows of methods and of other engines.
     """
 
     runs: tuple[Run, ...]
@@ -81,7 +77,7 @@ class Results:
         return next((int(run.result["settings"]["seed"]) for run in self.runs if run.kind == "quality"), 0)
 
     def select(self, **wanted: Any) -> list[Mapping[str, Any]]:
-        """Rows with these keys; a key that is not named must be `all`."""
+        """Rows with these keys. Keys that are not given must be `all`."""
         keys = dict.fromkeys(KEYS, ALL) | wanted
         return [row for row in self.rows if all(row[key] == value for key, value in keys.items())]
 
@@ -92,16 +88,16 @@ class Results:
 
     @property
     def scopes(self) -> list[str]:
-        """What can be summed up: all suites together where one run measured several, then each suite."""
+        """Scopes of summaries: all suites together where one run measured several, then each suite."""
         return [ALL] * (len(self.suites) > 1 and bool(self.select())) + self.suites
 
 
 def read(paths: Sequence[Path]) -> Results:
-    """Read run folders, `run.json` files and latency results, and put them together.
+    """Read run folders, `run.json` files and latency results, and combine them.
 
     Raises:
-        InputError: no file, a file that can't be read or holds anything else than a result, runs of other backbones,
-            erasers or settings, or a cell measured twice.
+        InputError: no file, a file that can't be read or is not a result, runs of different backbones, erasers or
+            settings, or a cell that was measured twice.
     """
     if not paths:
         raise InputError("no run is given: name a run's folder, a run.json or a latency.json")
@@ -134,10 +130,10 @@ def read(paths: Sequence[Path]) -> Results:
 
 
 def parse(text: str, source: str) -> Any:
-    """JSON as written by a run: no NaN and no infinity, which no browser reads.
+    """Parse JSON without NaN and infinity, which browsers can't read.
 
     Raises:
-        InputError: anything else; `source` is named.
+        InputError: it is not such JSON. The message names `source`.
     """
 
     def refuse(constant: str) -> None:
@@ -180,7 +176,7 @@ def _read_run(path: Path) -> Run:
 
 
 def _check_form(source: Path, kind: str, result: Mapping[str, Any]) -> None:
-    """Everything that the figures and the page read is there."""
+    """Check that a result has all keys that the figures and the page read."""
     for name, form in (("backbone", str), ("eraser", object), ("settings", dict), ("rows", list), ("versions", dict)):
         if not isinstance(result.get(name, ...), form) or result.get(name, ...) is ...:
             raise InputError(f"{source} has no {name!r}: measure it again with this version")
@@ -210,7 +206,7 @@ def _check_rows(
     measures: Sequence[str],
     missing: Sequence[str],
 ) -> None:
-    """Rows have their keys, and numbers for their measures, or nothing where that may be `missing`."""
+    """Check that rows have their keys and numbers for their measures; measures in `missing` may be None."""
     for number, row in enumerate(rows):
         absent = [name for name in (*keys, *measures) if name not in row]
         if absent:
@@ -225,11 +221,11 @@ def _check_rows(
 
 
 def _check_same(one: Run, other: Run, names: Sequence[str]) -> None:
-    """Two runs agree in what is named, a key of the result or of its settings."""
+    """Check that two runs have equal values of these keys of the result or of its settings."""
     for name in names:
         first, second = (run.result.get(name, run.result["settings"].get(name)) for run in (one, other))
         if name == FINGERPRINT and None in (first, second):
-            # Results of earlier versions tell models by their names alone.
+            # Results of earlier versions identify models by name.
             continue
         if name == "methods":
             first, second = sorted(first), sorted(second)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from evaluation.report.read import UNERASED
 from kveraser.demo.picture import COLOURS, MARKERS
+from kveraser.measure.quality import UNERASED
 
 FAMILY_MARKERS = dict(zip(COLOURS, MARKERS, strict=True))
 UNERASED_COLOUR, UNERASED_MARKER = "#767676", "x"

@@ -69,8 +69,8 @@ def case_of(number: int, of: dict[str, Any], text: str = "It was in Oslo.") -> d
     methods = {method: {"seconds": 0.1, "recomputed": 4, "answers": [answer]} for method, answer in answers.items()}
     return of | {
         "id": f"{of['suite']}/{of['task']}/{of['length']}/{number}", "context": "c", "context_tokens": 90,
-        "erased_tokens": 9, "distance_tokens": None, "before": f"before {text} ", "erased": [text, "second"],
-        "after": " after", "questions": [question], "methods": methods,
+        "erased_tokens": 9, "distance_tokens": 30, "before": f"before {text} ", "erased": [text, "second"],
+        "after": " after", "fingerprint": "f", "questions": [question], "methods": methods,
     }  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,13 +62,21 @@ def evaluate(
     if json_output:
         emit(result)
         return
-    print_rows("Evaluation", result["rows"], SHOWN)
-    for cell in measured.left_out:
-        say(f"Left out: {cell.cell}: {cell.reason}")
-    for name, reason in unserved.items():
-        say(f"Left out: {name}: {reason}")
+    print_run("Evaluation", result, SHOWN)
     if output is not None:
         say(f"Cases: {output}")
+
+
+def print_run(title: str, result: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """Print the rows of a quality run, and the cells and methods that were left out."""
+    from kveraser.measure.case import Cell
+
+    print_rows(title, result["rows"], columns)
+    for one in result["left_out"]:
+        cell = Cell(**{name: value for name, value in one.items() if name != "reason"})
+        say(f"Left out: {cell}: {one['reason']}")
+    for name, reason in result["unserved"].items():
+        say(f"Left out: {name}: {reason}")
 
 
 def chosen_methods(names: str | None) -> list[Method]:
