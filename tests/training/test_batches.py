@@ -1,4 +1,4 @@
-"""Which cases a step takes and which run together: every case once an epoch, sharing what can be shared."""
+"""Batches and the order of cases: every case once an epoch, with common contexts and shapes together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def case(number: int, prefix: int, span: int, suffix: int, seed: int | None = No
     )
 
 
-def test_an_epoch_takes_every_case_once_in_an_order_that_follows_seed_and_epoch() -> None:
+def test_an_epoch_takes_every_case_once_in_an_order_by_seed_and_epoch() -> None:
     cases = [case(number, 4 + number % 3, 2, 3) for number in range(12)]
 
     def ids(seed: int, epoch: int) -> list[str]:
@@ -56,7 +56,7 @@ def test_spans_of_one_context_come_in_one_step() -> None:
         assert set(Counter(context(one) for one in order.cases_of(step)).values()) == {3}
 
 
-def test_batches_hold_one_shape_and_no_more_than_their_size() -> None:
+def test_batches_have_one_shape_and_at_most_their_size() -> None:
     cases = [case(number, 4 + number % 2, 2, 3) for number in range(7)]
     assert batches(cases, 3) == [[0, 2, 4], [6], [1, 3, 5]]
     assert batches(cases, 1) == [[0], [2], [4], [6], [1], [3], [5]]
@@ -86,7 +86,7 @@ def test_a_part_is_cut_to_its_multiple_and_loses_no_more_than_a_third(length: in
     assert one.span[:kept] == cut.span and one.suffix[:kept] == cut.suffix
 
 
-def test_cases_are_cut_behind_the_template_s_opening(backbone: Backbone) -> None:
+def test_the_opening_of_the_template_is_not_cut(backbone: Backbone) -> None:
     text = " ".join(f"word{number}" for number in range(60))
     source = Case("one", "test", text, (203, 260), (Query("What?", "Nothing at all."),))
     whole = tokenize(backbone.tokenizer, source)

@@ -1,4 +1,4 @@
-"""Building case files: interrupted builds go on, partial files of other settings are refused, counts are true."""
+"""Building case files: resuming interrupted builds, refusing partial files of other settings, statistics."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_stages_are_mixed_as_they_are_called(tmp_path: Path, stage: Stage) -> No
 
 @pytest.mark.parametrize("stage", ["1", "2", "both"])
 @pytest.mark.parametrize("done", [1, 4])
-def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path: Path, stage: Stage, done: int) -> None:
+def test_an_interrupted_build_continues_after_its_last_case(tmp_path: Path, stage: Stage, done: int) -> None:
     settings = replace(SMALL, stage=stage)
     target, other = tmp_path / "cases.jsonl", tmp_path / "other.jsonl"
     with pytest.raises(Killed):
@@ -72,7 +72,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path: Path, stage: St
     assert {path.name for path in tmp_path.iterdir()} == {"cases.jsonl", "other.jsonl"}
 
 
-def test_a_partial_file_of_other_settings_or_text_is_refused_or_thrown_away(tmp_path: Path) -> None:
+def test_a_partial_file_of_other_settings_or_text_is_refused_or_discarded(tmp_path: Path) -> None:
     target = tmp_path / "cases.jsonl"
     with pytest.raises(Killed):
         build_cases(target, PASSAGES, SMALL, progress=killed_after(3))
@@ -95,7 +95,7 @@ def test_a_partial_file_whose_settings_are_lost_is_refused(tmp_path: Path) -> No
         build_cases(target, PASSAGES, SMALL)
 
 
-def test_an_earlier_file_stays_until_the_new_one_is_whole(tmp_path: Path, whole: list[Case]) -> None:
+def test_an_earlier_file_is_kept_until_the_new_one_is_complete(tmp_path: Path, whole: list[Case]) -> None:
     target = tmp_path / "cases.jsonl"
     write_cases(target, whole[:2])
     with pytest.raises(Killed):
@@ -115,7 +115,7 @@ def test_arrow_files_and_folders_of_them_hold_the_same_cases(tmp_path: Path, who
     assert [path.name for path in target.parent.iterdir()] == ["cases.arrow"]
 
 
-def test_what_is_no_arrow_file_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_arrow_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cases.arrow").write_text("{}\n")
     with pytest.raises(InputError, match="can't read cases"):
         list(read_cases(tmp_path / "cases.arrow"))
@@ -126,7 +126,7 @@ def test_what_is_no_arrow_file_is_refused(tmp_path: Path) -> None:
         list(read_cases(tmp_path / "empty"))
 
 
-def test_statistics_count_what_is_there(chat_tokenizer: Any) -> None:
+def test_statistics_count_tasks_kinds_and_sizes(chat_tokenizer: Any) -> None:
     context = "one two three four five six seven eight nine ten"
     leak, harm = Query("a?", "one two", "leak"), Query("b?", "three", "no_harm")
     cases = [Case(str(size), "short", context, (0, size), (leak, harm)) for size in (3, 7, 7)]
@@ -161,7 +161,7 @@ def test_statistics_count_what_is_there(chat_tokenizer: Any) -> None:
         ({"cases": 0}, "at least 1"),
     ],
 )
-def test_settings_that_nothing_can_meet_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         build_cases(tmp_path / "cases.jsonl", PASSAGES, replace(SMALL, **changes))
     assert not list(tmp_path.iterdir())

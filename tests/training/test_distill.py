@@ -1,4 +1,4 @@
-"""The objective: it compares what erasing in place gives with the exact reference; gradients reach the eraser alone."""
+"""The training objective: in-place and training edits agree, and gradients reach the eraser only."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ def test_the_teacher_is_the_exact_reference_on_each_query_alone(erasing: Backbon
         ("llama", {}, None),
     ],
 )
-def test_logits_are_scaled_as_the_model_scales_them(
-    family: str, changes: dict[str, Any], plain: dict[str, Any] | None
-) -> None:
+def test_logits_are_scaled_as_in_the_model(family: str, changes: dict[str, Any], plain: dict[str, Any] | None) -> None:
     backbone = tiny_backbone(family, **changes)
     prepared = prepare(backbone, [CASE])
     cache = backbone.prefill([*CASE.prefix, *CASE.suffix])
@@ -110,7 +108,7 @@ def test_logits_are_scaled_as_the_model_scales_them(
         assert difference(prepare(backbone, [CASE]).teacher, alone) > 0.05
 
 
-def test_a_model_with_logits_of_its_own_kind_is_refused_before_training() -> None:
+def test_a_model_with_other_logits_is_refused_before_training() -> None:
     backbone = tiny_backbone()
     check_head(backbone)
     head = backbone.model.get_output_embeddings()
@@ -120,7 +118,7 @@ def test_a_model_with_logits_of_its_own_kind_is_refused_before_training() -> Non
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-def test_the_trained_caches_are_those_that_erasing_makes(settings: EraserSettings) -> None:
+def test_training_and_erasing_edit_the_cache_alike(settings: EraserSettings) -> None:
     backbone = armed(settings)
     with torch.no_grad():
         trained = edited_log_probabilities(backbone, prepare(backbone, [CASE, OTHER]), settings)
@@ -145,7 +143,7 @@ def test_gradients_reach_every_matrix_of_the_eraser_and_nothing_else(settings: E
     silent = [
         name for name, parameter in parameters.items() if parameter.grad is None or not bool(parameter.grad.any())
     ]
-    # The last layer's steering states end at its keys and values: what comes after them serves no one.
+    # In the last layer, only the keys and values of the steering pass are used.
     last = f"layers.{backbone.layers - 1}."
     assert all(last in name and not ("k_proj" in name or "v_proj" in name) for name in silent)
     assert len(silent) < len(parameters) / backbone.layers
@@ -155,7 +153,7 @@ def test_gradients_reach_every_matrix_of_the_eraser_and_nothing_else(settings: E
     assert others == []
 
 
-def test_losses_are_what_they_are_called(erasing: Backbone) -> None:
+def test_losses_match_their_definitions(erasing: Backbone) -> None:
     settings, prepared = EraserSettings("keep"), prepare(erasing, [CASE])
     with torch.no_grad():
         edited = edited_log_probabilities(erasing, prepared, settings)
@@ -172,7 +170,7 @@ def test_losses_are_what_they_are_called(erasing: Backbone) -> None:
     assert influence_only != pytest.approx(kl, rel=1e-2)
 
 
-def test_a_cache_that_equals_the_reference_loses_nothing(erasing: Backbone) -> None:
+def test_kl_to_the_reference_itself_is_zero(erasing: Backbone) -> None:
     # With the whole suffix recomputed and a span at the end of the reach, only the steering states could differ.
     prepared = prepare(erasing, [CASE])
     assert float(token_kl(prepared.teacher, prepared.teacher).abs().max()) == 0
@@ -205,7 +203,7 @@ def test_a_batch_has_the_losses_and_gradients_of_its_cases_alone(settings: Erase
     assert max(float(value.abs().max()) for value in added.values()) > 1e-3
 
 
-def test_a_batch_of_gpt2_reads_positions_a_row(backbones: dict[str, Backbone]) -> None:
+def test_a_batch_of_gpt2_takes_positions_for_every_row(backbones: dict[str, Backbone]) -> None:
     # Learned positions are looked up, so they must be given for every row.
     both, one = (prepare(backbones["gpt2"], cases, measure_unerased=True) for cases in ([CASE, OTHER], [OTHER]))
     assert difference(both.teacher[-len(one.teacher) :], one.teacher) < 1e-4
@@ -238,7 +236,7 @@ def test_several_spans_of_one_context_share_its_prefill(erasing: Backbone, monke
         assert difference(shared.suffix[1][0], alone.suffix[1][0]) < 1e-5
 
 
-def test_queries_that_begin_alike_run_their_common_tokens_once(erasing: Backbone) -> None:
+def test_common_first_tokens_of_queries_run_once(erasing: Backbone) -> None:
     (prompt, answer), second = CASE.queries
     alike = replace(CASE, queries=((prompt, answer), ((*prompt, 9), second[1])))
     run: list[int] = []
@@ -256,7 +254,7 @@ def test_queries_that_begin_alike_run_their_common_tokens_once(erasing: Backbone
     assert difference(prepared.teacher, alone) < 1e-5
 
 
-def test_a_case_whose_queries_weigh_nothing_has_no_loss(erasing: Backbone) -> None:
+def test_a_case_with_zero_weights_has_zero_loss(erasing: Backbone) -> None:
     harmless = replace(OTHER, kinds=("no_harm",))
     losses = case_losses(erasing, prepare(erasing, [CASE, harmless]), EraserSettings(), "kl", 0.0)
     assert losses[0] > 0.01 and losses[1] == 0

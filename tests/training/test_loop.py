@@ -1,4 +1,4 @@
-"""The training loop on a tiny model: it learns, resumes to the bit, and loses nothing when something goes wrong."""
+"""The training loop on a tiny model: learning, resuming bit for bit, and recovery from errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def losses(recipe: Recipe) -> list[float]:
     return [json.loads(line)["loss"] for line in log.splitlines()]
 
 
-def test_training_brings_the_loss_down(make: Make) -> None:
+def test_training_lowers_the_loss(make: Make) -> None:
     recipe = make(epochs=8, evaluation={"cases": 4}, optimizer={"cases_per_step": 2, "learning_rate": 0.03})
     train(recipe)
     seen = losses(recipe)
@@ -102,7 +102,7 @@ def test_the_eraser_with_the_lowest_held_out_kl_is_kept(make: Make) -> None:
     assert min(kls) < max(kls)
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_bit(make: Make) -> None:
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_bit_for_bit(make: Make) -> None:
     whole, parted = make("whole", epochs=2), make("parted", epochs=2)
     train(whole)
     train(parted, stop=3)
@@ -113,9 +113,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_to_the_bit(make: M
     assert all(torch.equal(value, second["adapter"][name]) for name, value in first["adapter"].items())
 
 
-def test_prepared_batches_of_the_first_epoch_serve_the_later_ones_to_the_bit(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_epochs_reuse_prepared_batches_bit_for_bit(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, stored = make("fresh", epochs=3, prepared_gigabytes=0), make("stored", epochs=3)
     train(fresh)
     calls: list[int] = []
@@ -130,7 +128,7 @@ def test_prepared_batches_of_the_first_epoch_serve_the_later_ones_to_the_bit(
     assert not (Path(stored.output) / loop.PREPARED).exists()
 
 
-def test_a_disk_too_full_for_prepared_batches_costs_time_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_for_prepared_batches_changes_no_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh, stored = make("fresh", epochs=2, prepared_gigabytes=0), make("stored", epochs=2)
     train(fresh)
 
@@ -158,7 +156,7 @@ def test_the_layout_and_window_of_the_recipe_are_saved_with_the_eraser(make: Mak
     assert (settings.layout, settings.repair) == ("closed", 5)
 
 
-def test_what_never_beats_its_start_is_not_kept(make: Make) -> None:
+def test_an_eraser_worse_than_its_start_is_not_kept(make: Make) -> None:
     recipe = make(optimizer={"learning_rate": 10.0, "warmup_steps": 0, "cases_per_step": 2})
     best = train(recipe, stop=3)
     trained = torch.load(Path(recipe.output) / loop.CHECKPOINT)["adapter"]
@@ -167,7 +165,7 @@ def test_what_never_beats_its_start_is_not_kept(make: Make) -> None:
     assert ups and not any(kept[name].any() for name in ups) and any(trained[name].any() for name in ups)
 
 
-def test_what_a_layout_learns_beside_the_lora_is_trained_saved_and_resumed(make: Make) -> None:
+def test_extra_parameters_of_a_layout_are_trained_saved_and_resumed(make: Make) -> None:
     fields: dict[str, Any] = {"layout": "compact", "slots": 3}
     extra = SLOT_EMBEDDINGS
     whole, parted = make("whole", **fields), make("parted", **fields)
@@ -212,7 +210,7 @@ def test_nan_stops_the_run_names_the_case_and_keeps_the_last_checkpoint(
     assert (Path(recipe.output) / loop.CHECKPOINT).read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make()
     train(recipe, stop=2)
     before = (Path(recipe.output) / loop.CHECKPOINT).read_bytes()
@@ -269,7 +267,7 @@ def test_a_recipe_file_is_read_with_paths_relative_to_it(tmp_path: Path) -> None
         ("1: 2", "keys must be strings"),
     ],
 )
-def test_a_recipe_with_a_mistake_says_which(tmp_path: Path, content: str, said: str) -> None:
+def test_an_invalid_recipe_is_refused_with_the_reason(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(InputError, match=said):
@@ -281,12 +279,12 @@ def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
         load_recipe(tmp_path / "no.yaml")
 
 
-def test_the_fingerprint_follows_what_shapes_the_numbers_and_not_where_they_go(make: Make) -> None:
+def test_the_fingerprint_depends_on_settings_that_change_the_numbers(make: Make) -> None:
     assert make("a").fingerprint == make("b").fingerprint == make(checkpoint_minutes=9).fingerprint
     assert make(seed=1).fingerprint != make(seed=2).fingerprint
 
 
-def test_batches_of_equal_shapes_train_as_single_cases_do(make: Make) -> None:
+def test_batches_and_single_cases_have_equal_losses(make: Make) -> None:
     optimizer = {"cases_per_step": 4, "cases_per_batch": 4, "learning_rate": 0.02}
     batched, single = (make(name, optimizer=optimizer, epochs=2) for name in ("batched", "single"))
     sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""Plans: parameters and states are exact, computation and memory what a pass really takes, and gaps are named."""
+"""Plans: exact parameters and states, measured computation and memory, and errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_trainable_parameters_are_those_of_the_layout(settings: EraserSettings) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_and_states_are_those_of_the_model_itself(family: str) -> None:
+def test_parameters_and_states_match_the_model(family: str) -> None:
     backbone = tiny_backbone(family)
     shape = model_shape(backbone.model.config, Recipe(data="d", output="o", adapter={"rank": 3}), VARIANTS[0])
     assert shape.parameters == sum(parameter.numel() for parameter in backbone.model.parameters())
@@ -82,7 +82,7 @@ def test_parameters_and_states_are_those_of_the_model_itself(family: str) -> Non
     assert shape.trainable == sum(parameter.numel() for parameter in own.values())
 
 
-def test_the_papers_eraser_is_as_large_as_the_paper_says() -> None:
+def test_the_eraser_of_the_paper_has_the_published_size() -> None:
     shape = model_shape(AutoConfig.for_model("qwen3", **QWEN3_8B), Recipe(data="d", output="o"), VARIANTS[0])
     assert shape.trainable == 43_646_976
     assert shape.parameters == 8_190_735_360
@@ -90,7 +90,7 @@ def test_the_papers_eraser_is_as_large_as_the_paper_says() -> None:
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: settings.layout)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_computation_and_memory_are_what_a_case_takes(family: str, settings: EraserSettings) -> None:
+def test_computation_and_memory_match_a_measured_case(family: str, settings: EraserSettings) -> None:
     backbone = tiny_backbone(family, num_hidden_layers=8)
     # Its products are all counted, while fused kernels skip some.
     backbone.model.config._attn_implementation = "eager"
@@ -151,7 +151,7 @@ def test_a_plan_counts_steps_and_measures_this_machine(model: str, cases: Path) 
     assert all(one.hours == pytest.approx(1e-9 / 60) for one in limited)
 
 
-def test_a_configuration_alone_plans_a_backbone_out_of_reach(model: str, cases: Path, tmp_path: Path) -> None:
+def test_a_configuration_is_enough_for_a_plan(model: str, cases: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"owner/name.*--config FOLDER"):
         plan(recipe_of(cases, backbone="owner/name"))
     (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
@@ -164,7 +164,7 @@ def test_a_configuration_alone_plans_a_backbone_out_of_reach(model: str, cases: 
     assert len(planned.estimates) == 1 and planned.estimates[0].device == "H100 at 40%"
 
 
-def test_what_training_would_refuse_is_refused(model: str, cases: Path, tmp_path: Path) -> None:
+def test_plans_refuse_what_training_refuses(model: str, cases: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="build more"):
         plan(recipe_of(cases, backbone=model, evaluation={"cases": 10}))
     with pytest.raises(InputError, match="no case file"):

@@ -1,4 +1,4 @@
-"""The recipes that come with the project: all can be read, and those for large models run on a tiny one."""
+"""The recipes of the project can be read, and those for large models run on a tiny one."""
 
 from __future__ import annotations
 

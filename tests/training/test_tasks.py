@@ -1,4 +1,4 @@
-"""Stage-2 tasks: what remains without the span determines the answers, and the splits have nothing in common."""
+"""Stage-2 tasks: the text outside the span determines the answers, and the splits are disjoint."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parts(case: Case) -> tuple[str, str]:
     return case.context[start:end], case.context[:start] + case.context[end:]
 
 
-def test_a_case_hangs_on_its_seed_and_index_alone() -> None:
+def test_a_case_depends_on_seed_and_index_only() -> None:
     several = cases(count=12)
     assert several == cases(count=12)
     assert several[:5] == cases(count=5)
@@ -223,6 +223,8 @@ def test_cases_become_tokens(backbone: Backbone, plain_backbone: Backbone) -> No
         (("facts",), [text.replace("born", "famous") for text in PASSAGES], SMALL, "facts of one kind"),
     ],
 )
-def test_what_is_missing_is_named(tasks: tuple[str, ...], passages: list[str], sizes: CaseSizes, said: str) -> None:
+def test_invalid_tasks_sizes_and_corpora_are_refused(
+    tasks: tuple[str, ...], passages: list[str], sizes: CaseSizes, said: str
+) -> None:
     with pytest.raises(InputError, match=said):
         list(task_cases(tasks, passages, 2, 0, sizes))

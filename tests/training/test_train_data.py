@@ -1,4 +1,4 @@
-"""Training data: corpora, span-neighbour cases, case files."""
+"""Training data: corpora, span-neighbor cases, case files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_same_seed_gives_the_same_cases_and_another_one_others() -> None:
     assert first != list(span_neighbor_cases(PASSAGES, 6, seed=2, sizes=SMALL))
 
 
-def test_the_targets_are_the_words_around_the_seam() -> None:
+def test_the_targets_are_the_words_next_to_the_span() -> None:
     for case in span_neighbor_cases(PASSAGES, 20, seed=3, sizes=SMALL):
         start, end = case.span
         before, span, after = case.context[:start], case.context[start:end].strip(), case.context[end:].strip()
@@ -74,7 +74,7 @@ def test_a_corpus_that_is_too_short_is_refused() -> None:
         next(iter(span_neighbor_cases(PASSAGES[:2], 1, 0, CaseSizes(span=(8, 500)))))
 
 
-def test_tokens_are_cut_as_a_session_cuts_them(backbone: Backbone, plain_backbone: Backbone) -> None:
+def test_cases_are_tokenized_as_in_a_session(backbone: Backbone, plain_backbone: Backbone) -> None:
     queries = (Query("Who?", "on the ship", "no_harm"), Query("Why?", "no wind", "leak", ("wind",), ("sea", "tide")))
     case = Case("c", "t", "The ship sails on and on until noon.", (6, 13), queries)
     for model in (backbone, plain_backbone):
@@ -89,7 +89,7 @@ def test_tokens_are_cut_as_a_session_cuts_them(backbone: Backbone, plain_backbon
         assert cut.kinds == ("no_harm", "leak")
 
 
-def test_a_continuation_gives_its_first_tokens_and_asks_for_the_rest(backbone: Backbone) -> None:
+def test_a_continuation_has_its_first_tokens_as_prompt(backbone: Backbone) -> None:
     case = Case("c", "t", "The ship sails on.", (4, 8), (Query(None, " and the crew sings"),))
     prompt, answer = tokenize(backbone.tokenizer, case).queries[0]
     assert len(prompt) == CONTINUED_TOKENS
@@ -103,7 +103,7 @@ def test_an_answer_without_tokens_or_a_span_outside_is_refused(backbone: Backbon
         tokenize(backbone.tokenizer, Case("c", "t", "The ship sails on.", (4, 80), (Query("Who?", "x"),)))
 
 
-def test_case_files_come_back_as_they_were(tmp_path: Path) -> None:
+def test_case_files_round_trip(tmp_path: Path) -> None:
     cases = list(span_neighbor_cases(PASSAGES, 5, seed=1, sizes=SMALL))
     path = tmp_path / "cases.jsonl"
     scored = Case("c", "t", "The ship sails on.", (4, 8), (Query("Who?", "she", "leak", ("she", "a"), ("he",)),))

@@ -1,4 +1,4 @@
-"""What a case costs: computation and memory, from the sizes of the model and of the case."""
+"""Computation and memory of a case, from the sizes of model and case."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kveraser.training.cases import TokenizedCase
 from kveraser.training.recipe import Recipe
 
 ADAPTER_BYTES = 16
-"""A trainable parameter in float32: itself, its gradient and AdamW's two averages."""
+"""Bytes per trainable parameter: float32 value, gradient, and two averages of AdamW."""
 LOGIT_COPIES = 6
-"""Float32 values a logit: the teacher's, and of the edited cache its logits, their float32 copy, log-probabilities, and
-two terms of the divergence."""
+"""Float32 values per logit: the teacher's, the edited cache's logits, float32 copy and log-probabilities, and two terms
+of the divergence."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that cost depends on.
+    """Sizes of a model that determine the cost.
 
     Attributes:
-        parameters: of the backbone, tied ones once.
+        parameters: parameters of the backbone, tied ones once.
         linear: weights of the decoder's linear layers, without embeddings and output head.
-        trainable: of the eraser.
-        adapter: those of them that are LoRA matrices.
+        trainable: parameters of the eraser.
+        adapter: parameters of the LoRA matrices.
     """
 
     parameters: int
@@ -46,31 +46,35 @@ class ModelShape:
     positions: int | None
 
     def kv_bytes(self, tokens: float, width: int) -> float:
-        """Keys and values of `tokens` slots in all layers, `width` bytes a value."""
+        """Bytes of keys and values of `tokens` slots in all layers, `width` bytes per value."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width * tokens
 
     def forward_flops(self, tokens: float, context: float) -> float:
-        """A pass of `tokens` over a cache of `context` slots: two a weight and token, and in each layer the products of
-        queries with keys and of weights with values, over the whole rectangle (what a causal kernel skips is counted).
+        """FLOPs of a pass of `tokens` over a cache of `context` slots.
+
+        Two per weight and token, and two matrix products of attention per layer. Masked positions are counted.
         """
         return 2 * self.linear * tokens + self.attention_flops(tokens, context)
 
     def attention_flops(self, tokens: float, context: float) -> float:
-        """The part of `forward_flops` that grows with the context."""
+        """The part of `forward_flops` that depends on the context."""
         return 4 * self.layers * self.heads * self.head_dim * tokens * (context + tokens)
 
     def backward_flops(self, tokens: float, context: float) -> float:
-        """Gradients of the same pass with frozen weights: once the products with weights, twice those of attention."""
+        """FLOPs of the backward pass with frozen weights: as the forward pass, with the attention twice."""
         return self.forward_flops(tokens, context) + self.attention_flops(tokens, context)
 
     def head_flops(self, answers: float) -> float:
-        """Logits at `answers` places."""
+        """FLOPs of the logits of `answers` tokens."""
         return 2 * self.hidden * self.vocabulary * answers
 
 
 @dataclass(frozen=True)
 class CaseShape:
-    """Tokens of a case: of prefix, span and suffix, of all queries as they are run, and those that are compared."""
+    """Number of tokens of prefix, span and suffix, of all queries, and of compared answer tokens.
+
+    Tokens that several queries begin with are counted for each, although they run once.
+    """
 
     prefix: float
     span: float
@@ -80,23 +84,23 @@ class CaseShape:
 
     @property
     def tokens(self) -> float:
-        """Context and queries."""
+        """Number of tokens of context and queries."""
         return self.prefix + self.span + self.suffix + self.queried
 
 
 @dataclass(frozen=True)
 class Part:
-    """One use of memory, in bytes."""
+    """Memory of one part, in bytes."""
 
     part: str
     bytes: int
 
 
 def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelShape:
-    """Sizes of a backbone and of its eraser, counted on a model that is built without memory.
+    """Count the sizes of a backbone and its eraser on a model on the meta device.
 
     Raises:
-        UnsupportedModelError: its layers can't be edited exactly.
+        UnsupportedModelError: the backbone's layers can't be edited exactly.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,9 +115,9 @@ def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelS
             for parameter in module.parameters(recurse=False)
             if parameter.dim() == 2
         )
-        # The model says which states it keeps: some configurations name heads that it does not read.
+        # Heads are read off a cache, because some configurations name heads that the model does not use.
         token = torch.zeros(1, 1, dtype=torch.long)
-        # With a mask of its own, a model looks into none.
+        # With an explicit 4D mask, the model inspects no mask values.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         cache = model.base_model(
             input_ids=token, position_ids=token, attention_mask=mask, use_cache=True
@@ -141,7 +145,7 @@ def model_shape(config: Any, recipe: Recipe, settings: EraserSettings) -> ModelS
 
 
 def case_shape(case: TokenizedCase) -> CaseShape:
-    """How many tokens of each kind a case has. An answer's last token is compared, but not run."""
+    """Count the tokens of a case. The last token of an answer is compared, but not run."""
     return CaseShape(
         prefix=len(case.prefix),
         span=len(case.span),
@@ -152,7 +156,7 @@ def case_shape(case: TokenizedCase) -> CaseShape:
 
 
 def passes(case: CaseShape, settings: EraserSettings) -> tuple[float, float, float, float]:
-    """Tokens that run with the adapter on and the slots they see; tokens repaired after them; slots edited."""
+    """Return the steering states, the slots they attend to, the repaired tokens, and the slots of the edited cache."""
     p, m, s = case.prefix, case.span, case.suffix
     window = min(settings.window(round(m)), s)
     layout = LAYOUTS[settings.layout]
@@ -163,9 +167,9 @@ def passes(case: CaseShape, settings: EraserSettings) -> tuple[float, float, flo
 def case_flops(shape: ModelShape, case: CaseShape, settings: EraserSettings) -> dict[str, float]:
     """FLOPs of one case by phase.
 
-    `prefill`: the contaminated context. `teacher`: the suffix on the prefix, and the queries on both. `steering`: what
-    the layout runs through adapter and backbone, and back, where the adapter's matrices take gradients of their own.
-    `repair`: the suffix's first tokens, and back. `queries`: on the edited cache, and back.
+    `prefill`: the contaminated context. `teacher`: the suffix after the prefix, and the queries after both. `steering`:
+    the steering pass, backward pass and adapter gradients. `repair`: the first suffix tokens, with backward pass.
+    `queries`: the queries after the edited cache, with backward pass.
     """
     p, m, s, q = case.prefix, case.span, case.suffix, case.queried
     steering, seen, window, edited = passes(case, settings)
@@ -207,17 +211,18 @@ def memory(
 
 
 def activation_bytes(shape: ModelShape, case: CaseShape, settings: EraserSettings, width: int) -> float:
-    """What a case keeps for its backward pass, in a decoder with gated MLPs and RMS norms.
+    """Bytes that a case keeps for its backward pass, in a decoder with gated MLPs and RMS norms.
 
-    A token and layer keep: the inputs of two norms in float32, the queries and outputs of attention, and three inner
-    values of the MLP. Under the adapter also the inputs of its seven projections in float32: copies of them in half
-    precision, shared ones in float32. Where heads share keys, the masked pass of the queries keeps them repeated.
+    Each token keeps in each layer: the inputs of two norms in float32, queries and outputs of attention, and three
+    intermediate values of the MLP. With the adapter on, it also keeps the float32 inputs of the seven projections, as
+    copies in half precision, shared in float32. With grouped heads, the masked pass of the queries keeps repeated keys
+    and values.
     """
     attention = shape.heads * shape.head_dim
     steering, _, window, edited = passes(case, settings)
     tokens = steering + window + case.queried
-    a_token = 4 * 2 * shape.hidden + width * (2 * attention + 3 * shape.intermediate)
+    per_token = 4 * 2 * shape.hidden + width * (2 * attention + 3 * shape.intermediate)
     inputs = 2 * shape.hidden if width == 4 else 5 * shape.hidden + attention
     under_adapter = 4 * (inputs + shape.intermediate)
     repeated = 2 * attention * width * (edited + case.queried) if shape.heads > shape.kv_heads else 0
-    return shape.layers * (tokens * a_token + steering * under_adapter + repeated)
+    return shape.layers * (tokens * per_token + steering * under_adapter + repeated)

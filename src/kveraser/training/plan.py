@@ -1,6 +1,6 @@
-"""What a recipe will take, before it is run: parameters, memory, steps and time, from the configuration and the cases.
+"""Estimate parameters, memory, steps and time of a recipe from the backbone's configuration and the cases.
 
-The model is built without memory for its weights, so that an 8B backbone is planned on a laptop.
+The model is built on the meta device, so an 8B backbone can be planned on a laptop.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from kveraser.training.linear import COPIES, pack_linear_layers
 from kveraser.training.recipe import Recipe
 
 SAMPLED_CASES = 1000
-"""Cases that are cut into tokens, evenly spread over the file, and the longest."""
-TOKENS_A_WORD = 1.35
-"""Of English text, where no tokenizer is at hand."""
+"""Number of cases that are tokenized, evenly spread over the file; the longest one is added."""
+TOKENS_PER_WORD = 1.35
+"""For English text, if no tokenizer is available."""
 GPU = "H100"
 GPU_PEAK = {2: 989e12, 4: 67e12}
-"""FLOP/s of an H100 SXM (NVIDIA's data sheet, dense), by bytes a value: bfloat16 tensor cores, and float32."""
+"""Peak FLOP/s of an H100 SXM (NVIDIA's data sheet, dense) by bytes per value: bfloat16 tensor cores and float32."""
 GPU_UTILIZATION = 0.4
 TIMED_PASSES = 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One device's share of the plan.
+    """Estimate for one device.
 
     Attributes:
-        device: and how its speed is known.
-        precision: of weights and states; adapter, optimizer and divergence are float32.
-        memory: the parts at the peak of the longest batch, and last their sum.
-        flops_per_second: measured on one case, or the data sheet's at a stated utilization, which a small backbone or
-            batch does not reach.
-        seconds_per_step: mean.
-        hours: of the whole recipe on one device, without evaluations; at most the recipe's limit.
+        device: the device, and the source of its speed.
+        precision: dtype of weights and states; adapter, optimizer and divergence are float32.
+        memory: memory by part at the peak of the longest batch; the last row is the total.
+        flops_per_second: measured on one case, or the data sheet's peak at a stated utilization, which small backbones
+            and batches do not reach.
+        seconds_per_step: mean time of a step.
+        hours: time of the whole recipe on one device without evaluations, at most the recipe's limit.
     """
 
     device: str
@@ -57,18 +57,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe, which is one stage, will take.
+    """Estimates for a recipe.
 
     Attributes:
-        backbone: as the recipe names it.
-        parameters, trainable: of the backbone, and of the eraser.
-        cases: to train on.
-        steps: of the optimizer, all epochs.
-        tokens_per_step, queries_per_step: means; tokens of contexts and queries.
-        flops_per_step: by phase of a step, means.
-        longest: tokens of the longest case.
-        exact_tokens: whether cases were cut by the backbone's tokenizer, or estimated from words.
-        estimates: one a device.
+        backbone: name in the recipe.
+        parameters, trainable: number of parameters of the backbone and of the eraser.
+        cases: number of training cases.
+        steps: number of optimizer steps in all epochs.
+        tokens_per_step, queries_per_step: means; tokens are those of contexts and queries.
+        flops_per_step: mean FLOPs by phase of a step.
+        longest: number of tokens of the longest case.
+        exact_tokens: whether the backbone's tokenizer counted the tokens; else they are estimated from words.
+        estimates: one per device.
     """
 
     backbone: str
@@ -85,10 +85,12 @@ class Plan:
 
 
 def plan(recipe: Recipe, config: str | None = None) -> Plan:
-    """Plan a recipe without training. Weights are read only to time a case on this machine, where they fit twice over.
+    """Plan a recipe without training.
+
+    The weights are loaded to time one case on this machine, if they are local and take at most half of its memory.
 
     Args:
-        config: folder with the backbone's `config.json` (and tokenizer), where the backbone itself can't be reached.
+        config: folder with the backbone's `config.json` (and tokenizer), if the backbone itself is not available.
 
     Raises:
         InputError: no configuration, or cases that are missing, malformed or too few.
@@ -101,7 +103,7 @@ def plan(recipe: Recipe, config: str | None = None) -> Plan:
     try:
         tokenizer = load_tokenizer(source)
     except InputError:
-        # A folder with a configuration alone is enough to plan by.
+        # A folder with a configuration is enough for a plan.
         tokenizer = None
     count, sample = _sample(recipe.data)
     optimizer, held_out = recipe.optimizer, recipe.evaluation
@@ -125,7 +127,7 @@ def plan(recipe: Recipe, config: str | None = None) -> Plan:
     flops = {phase: per_step * sum(one[phase] for one in phases) / len(phases) for phase in phases[0]}
     width = 4 if recipe.precision == "float32" else 2
     rates = {f"{GPU} at {GPU_UTILIZATION:.0%}": (width, 1, GPU_PEAK[width] * GPU_UTILIZATION)}
-    if cut and (backbone := _at_hand(source, shape, recipe)) is not None:
+    if cut and (backbone := _local_backbone(source, shape, recipe)) is not None:
         typical = sorted(zip(cut, shapes, strict=True), key=lambda pair: pair[1].tokens)[len(cut) // 2]
         width = backbone.model.dtype.itemsize
         copies = COPIES if pack_linear_layers(backbone.model) else 1
@@ -157,10 +159,10 @@ def plan(recipe: Recipe, config: str | None = None) -> Plan:
 
 
 def load_config(source: str) -> Any:
-    """The configuration of a backbone: bundled name, folder or hub id.
+    """Load the configuration of a backbone: bundled name, folder or hub id.
 
     Raises:
-        InputError: it can't be had; the message says what to give instead.
+        InputError: it is not available.
     """
     from transformers import AutoConfig
 
@@ -174,22 +176,22 @@ def load_config(source: str) -> Any:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a backbone, without its weights: bundled name, folder or hub id.
+    """Load the tokenizer of a backbone without its weights: bundled name, folder or hub id.
 
     Raises:
-        InputError: it can't be had.
+        InputError: it is not available.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(_place(source))
-        # From a folder without its files comes a tokenizer that knows no word.
+        # A folder without tokenizer files gives a tokenizer without vocabulary.
         if not tokenizer("word")["input_ids"]:
             raise InputError("no vocabulary")
     except Exception as error:
         raise InputError(
             f"no tokenizer of the backbone {source} ({type(error).__name__}: {error}): check the name and the "
-            "connection, or give a folder that holds it"
+            "connection, or give a folder that contains it"
         ) from error
     return tokenizer
 
@@ -203,7 +205,7 @@ def _place(source: str) -> str:
 
 
 def _sample(path: str) -> tuple[int, list[Case]]:
-    """How many cases a file has, and evenly spread ones with the longest among them."""
+    """Return the number of cases of a file, and a sample: evenly spread cases and the longest."""
     sizes = [len(case.context) for case in read_cases(path)]
     if not sizes:
         raise InputError(f"{path} has no cases: build them with `kveraser data build`")
@@ -216,16 +218,16 @@ def _sample(path: str) -> tuple[int, list[Case]]:
 def _estimated(case: Case) -> CaseShape:
     start, end = case.span
     prefix, span, suffix = (
-        TOKENS_A_WORD * len(part.split())
+        TOKENS_PER_WORD * len(part.split())
         for part in (case.context[:start], case.context[start:end], case.context[end:])
     )
-    answers = TOKENS_A_WORD * sum(len(query.answer.split()) for query in case.queries)
-    questions = TOKENS_A_WORD * sum(len((query.question or "").split()) for query in case.queries)
+    answers = TOKENS_PER_WORD * sum(len(query.answer.split()) for query in case.queries)
+    questions = TOKENS_PER_WORD * sum(len((query.question or "").split()) for query in case.queries)
     return CaseShape(prefix, span, suffix, questions + answers, answers)
 
 
-def _at_hand(source: str, shape: ModelShape, recipe: Recipe) -> Backbone | None:
-    """The backbone, if its weights lie on this machine and take at most half of its memory."""
+def _local_backbone(source: str, shape: ModelShape, recipe: Recipe) -> Backbone | None:
+    """Load the backbone if its weights are local and take at most half of the memory."""
     weights = source == DEFAULT_BACKBONE or any(Path(source).glob("*.safetensors"))
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not weights or shape.parameters * 4 * 2 > physical:
@@ -234,7 +236,7 @@ def _at_hand(source: str, shape: ModelShape, recipe: Recipe) -> Backbone | None:
 
 
 def _seconds(backbone: Backbone, case: TokenizedCase, recipe: Recipe, settings: EraserSettings) -> float:
-    """How long one case takes, forth and back: the least of a few, since others may use the machine."""
+    """Time the forward and backward pass of one case: the least of a few, because the machine may be busy."""
     backbone.eraser = Eraser.untrained(backbone.model, recipe.adapter.rank, recipe.adapter.alpha, settings)
     for parameter in backbone.eraser.parameters().values():
         parameter.requires_grad_(True)
