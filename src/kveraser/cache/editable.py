@@ -556,15 +556,3 @@ class EditableCache(Cache):
         cache._next_position = next_position
         cache._exact_length = exact_length
         return cache
-
-    @classmethod
-    def over(cls, buffers: Sequence[KeyValue], length: int) -> EditableCache:
-        """A cache of the first `length` slots of `buffers`, one pair a layer, without a copy.
-
-        Appends are written into them as long as they fit.
-        """
-        cache = cls(len(buffers))
-        for layer, (keys, values) in zip(cache.layers, buffers, strict=True):
-            layer.adopt(keys, values, length)
-        cache._record_append(torch.arange(length, dtype=torch.float64))
-        return cache

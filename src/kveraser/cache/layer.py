@@ -40,13 +40,6 @@ class EditableLayer(CacheLayerMixin):
                 (like.shape[0], like.shape[1], capacity, like.shape[3]), dtype=like.dtype, device=like.device
             )
 
-    def adopt(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        """Use these buffers, whose first `length` slots are in use, and never allocate others."""
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = keys, values
-        self.capacity = self.limit = keys.shape[2]
-        self.length, self.is_initialized = length, True
-
     def reserve(self, slots: int, exactly: bool = False) -> None:
         """Grow the buffers to hold at least `slots`, by a factor, so that appends cost amortized constant time.
 
