@@ -11,6 +11,7 @@ from kveraser.model.decode import greedy
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Sampling, Step, TokenLogprob
 from kveraser.serve.held import HeldSession
+from kveraser.session.erase import Change
 from kveraser.text.spans import Span
 from kveraser.text.tokenized import TokenizedText
 from tests.sessions import consistent
@@ -80,7 +81,7 @@ def contexts(engine: TransformersEngine) -> list[HeldSession]:
     """
     held = [read(engine, words(*size)) for size in ((40, 25), (150, 17), (61, 27), (90, 24), (33, 26))]
     for context, method in zip(held[2:], ("mask", "shift", "kveraser"), strict=True):
-        engine.erase(context, [Span(10, 21)], method, None, undoable=True)
+        engine.edit(context, [Change(Span(10, 21))], method, None, undoable=True)
     assert len({context.cache.length for context in held}) == len(held)
     assert held[2].cache.next_position > held[2].cache.length
     return held

@@ -22,12 +22,13 @@ from kveraser.model.backbone import Backbone
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Engine, Sampling
 from kveraser.serve.held import HeldSession
+from kveraser.session.erase import Change
 from kveraser.text.spans import MessageRange, Span, Tokens
 from tests.engines import GREEDY, alone, answer, contexts, finished, first, of, read, scripted, text_of, words
 from tests.sessions import same, state
 from tests.tiny import POSITIONS, tiny_backbone
 
-SPAN = [Span(10, 21)]
+SPAN = [Change(Span(10, 21))]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_long_works_let_others_in_and_nothing_changes_for_either(
 
     def worked() -> tuple[Any, Any]:
         copy = engine.fork(held)
-        receipt = engine.erase(copy, SPAN, method, budget, True)
+        receipt = engine.edit(copy, SPAN, method, budget, True)
         audit = engine.audit(copy, ["Where is item 3?"], ["21"])
         return replace(receipt, seconds=0.0, audit=None), audit.probes
 
@@ -245,7 +246,7 @@ def test_during_an_answer_the_context_takes_nothing_else(
     engine.step([stream])
     before = state(held)
     calls: list[Any] = [
-        lambda: engine.begin(held, GREEDY), lambda: engine.erase(held, SPAN, "mask", None, True),
+        lambda: engine.begin(held, GREEDY), lambda: engine.edit(held, SPAN, "mask", None, True),
         lambda: engine.append(held, words(3)), lambda: engine.prefill(held, 5), lambda: engine.truncate(held, 5),
         lambda: engine.undo(held, 1), lambda: engine.fork(held), lambda: engine.exact_copy(held),
         lambda: engine.forget_undo(held, 0), lambda: engine.drop(held, True), lambda: engine.audit(held, None, None),
@@ -334,10 +335,10 @@ def test_a_seed_gives_the_same_answer_in_any_company(engine: TransformersEngine)
 @pytest.mark.parametrize("method", ["recompute", "mask", "shift", "kveraser", "repair(8)", "selective"])
 def test_an_erase_is_the_librarys(engine: TransformersEngine, held: HeldSession, method: str) -> None:
     before, other = state(held), read(engine, words(60))
-    receipt = engine.erase(held, SPAN, method, None, True)
+    receipt = engine.edit(held, SPAN, method, None, True)
     assert receipt.erased == 11 and held.receipts == [receipt] and held.undo_steps == 1 and finished(held)
     assert receipt.exact == held.exact == (method == "recompute")
-    other.erase(Tokens(SPAN[0].start, SPAN[0].end), method)
+    other.erase(Tokens(SPAN[0].span.start, SPAN[0].span.end), method)
     for (keys, _), (expected, _) in zip(held.cache.read(0, 40), other.cache.read(0, 40), strict=True):
         assert torch.equal(keys, expected)
     assert answer(engine, held) == alone(held)
@@ -346,19 +347,19 @@ def test_an_erase_is_the_librarys(engine: TransformersEngine, held: HeldSession,
 
 
 def test_the_engines_method_is_used_where_none_is_named(engine: TransformersEngine, held: HeldSession) -> None:
-    assert engine.erase(held, SPAN, None, None, True).method == "shift"
-    assert engine.erase(held, [Span(30, 35)], "mask", None, True).method == "mask"
+    assert engine.edit(held, SPAN, None, None, True).method == "shift"
+    assert engine.edit(held, [Change(Span(30, 35))], "mask", None, True).method == "mask"
     with pytest.raises(MethodError, match="max_kl"):
-        engine.erase(held, [Span(40, 45)], "mask", 0.1, True)
+        engine.edit(held, [Change(Span(40, 45))], "mask", 0.1, True)
 
 
 def test_a_budget_is_met(engine: TransformersEngine) -> None:
     text = " ".join(f"item {number} is in box {number * 7}." for number in range(12))
     held = read(engine, text_of(engine.backbone, text))
-    receipt = engine.erase(held, [Span(30, 50)], None, 1e-9, True)
+    receipt = engine.edit(held, [Change(Span(30, 50))], None, 1e-9, True)
     assert receipt.exact and receipt.method == "recompute" and held.exact
     assert answer(engine, held) == alone(held)
-    loose = engine.erase(held, [Span(60, 70)], None, 100.0, False)
+    loose = engine.edit(held, [Change(Span(60, 70))], None, 100.0, False)
     assert not loose.exact and loose.audit is not None and loose.undo_bytes == 0 and held.undo_steps == 0
     assert engine.audit(held, ["Where is item 3?"], ["21"]).kl is not None
     assert held.receipts[-1].audit is not None
@@ -367,19 +368,19 @@ def test_a_budget_is_met(engine: TransformersEngine) -> None:
 
 def test_a_refused_erase_changes_nothing(engine: TransformersEngine, held: HeldSession) -> None:
     before = state(held)
-    for spans, method in (([Span(50, 70)], "mask"), (SPAN, "no such"), ([Span(0, 60)], "mask")):
+    for spans, method in (([Change(Span(50, 70))], "mask"), (SPAN, "no such"), ([Change(Span(0, 60))], "mask")):
         with pytest.raises((SpanError, MethodError)):
-            engine.erase(held, spans, method, None, True)
+            engine.edit(held, spans, method, None, True)
         assert same(state(held), before)
     with pytest.raises(SessionError, match="prefill"):
-        engine.erase(engine.hold(words(60)), SPAN, "mask", None, True)
+        engine.edit(engine.hold(words(60)), SPAN, "mask", None, True)
 
 
 def test_an_erased_last_token_leaves_the_one_before_it_to_go_on_from(
     engine: TransformersEngine, held: HeldSession
 ) -> None:
     before = state(held)
-    engine.erase(held, [Span(55, 60)], "mask", None, True)
+    engine.edit(held, [Change(Span(55, 60))], "mask", None, True)
     assert held.pending == 0
     after = state(held)
     assert answer(engine, held) == answer(engine, read(engine, first(55)))
@@ -398,7 +399,7 @@ def test_where_nothing_can_be_gone_on_from_an_answer_is_refused(engine: Transfor
 
 
 def test_an_exact_copy_is_a_fresh_context_of_what_is_left(engine: TransformersEngine, held: HeldSession) -> None:
-    engine.erase(held, SPAN, "mask", None, True)
+    engine.edit(held, SPAN, "mask", None, True)
     made = engine.exact_copy(held)
     assert made.pending == 49 and made.receipts == held.receipts and made.transcript == held.transcript
     while engine.prefill(made, 16):
@@ -415,7 +416,7 @@ def test_an_exact_copy_is_a_fresh_context_of_what_is_left(engine: TransformersEn
 def test_a_snapshot_goes_on_where_the_context_was(
     engine: TransformersEngine, held: HeldSession, tmp_path: Path
 ) -> None:
-    engine.erase(held, SPAN, "mask", None, True)
+    engine.edit(held, SPAN, "mask", None, True)
     path = tmp_path / "held.safetensors"
     engine.save(held, path)
     loaded = engine.load(path)

@@ -11,11 +11,12 @@ from kveraser.errors import SessionError
 from kveraser.model.backbone import Backbone
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.held import HeldSession
+from kveraser.session.erase import Change
 from kveraser.text.spans import Span
 from tests.engines import alone, answer, finished, first, read, words
 from tests.sessions import EXACT, far, same, state
 
-SPAN = [Span(10, 21)]
+SPAN = [Change(Span(10, 21))]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_what_is_truncated_was_never_read(engine: TransformersEngine, held: Held
 def test_truncating_an_edited_context_keeps_the_erase_or_forgets_it(
     engine: TransformersEngine, held: HeldSession, method: str, kept: int
 ) -> None:
-    engine.erase(held, SPAN, method, None, True)
+    engine.edit(held, SPAN, method, None, True)
     engine.truncate(held, kept)
     assert len(held.transcript.tokens) == kept
     assert len(held.receipts) == (kept > 10)
@@ -69,7 +70,7 @@ def far_of(held: HeldSession) -> float:
 
 def test_truncating_never_brings_back_what_a_notice_took_back(engine: TransformersEngine) -> None:
     held = read(engine, words(120))
-    engine.erase(held, SPAN, "erratum", None, True)
+    engine.edit(held, SPAN, "erratum", None, True)
     engine.append(held, words(20, 3))
     while engine.prefill(held, 50):
         pass
@@ -83,7 +84,7 @@ def test_truncating_never_brings_back_what_a_notice_took_back(engine: Transforme
 
 def test_undo_steps_that_lie_behind_go_with_what_is_truncated(engine: TransformersEngine, held: HeldSession) -> None:
     before = state(held)
-    engine.erase(held, SPAN, "shift", None, True)
+    engine.edit(held, SPAN, "shift", None, True)
     erased = state(held)
     answer(engine, held, keep=True)
     engine.truncate(held, 60)
@@ -93,7 +94,7 @@ def test_undo_steps_that_lie_behind_go_with_what_is_truncated(engine: Transforme
     engine.append(held, words(10, 4))
     while engine.prefill(held, 50):
         pass
-    engine.erase(held, SPAN, "shift", None, True)
+    engine.edit(held, SPAN, "shift", None, True)
     engine.truncate(held, 60)
     assert held.undo_steps == 0
     assert held.live_tokens == [*words(60).tokens[:10], *words(60).tokens[21:]]
@@ -136,13 +137,13 @@ def key_of(held: HeldSession, token: int) -> torch.Tensor:
 def test_an_erase_that_can_not_be_undone_leaves_no_copy(engine: TransformersEngine, method: str) -> None:
     held = read(engine, words(60, 11))
     inside, behind = key_of(held, 15), key_of(held, 58)
-    engine.erase(held, [Span(30, 34)], "shift", None, undoable=True)
+    engine.edit(held, [Change(Span(30, 34))], "shift", None, undoable=True)
     earlier = held.state.history[-1].journal
     assert holds(inside) == 1 and earlier is not None and earlier.bytes > 0
-    engine.erase(held, SPAN, method, None, undoable=True)
+    engine.edit(held, SPAN, method, None, undoable=True)
     assert holds(inside) >= 1 and held.undo_steps == 2
     engine.undo(held, 1)
-    receipt = engine.erase(held, SPAN, method, None, undoable=False)
+    receipt = engine.edit(held, SPAN, method, None, undoable=False)
     assert receipt.undo_bytes == 0 == held.receipts[-1].undo_bytes and held.undo_steps == 0
     assert holds(inside) == 0 and holds(behind) <= 1
     assert all(not bool(states.any()) for step in earlier.steps for pair in step.states for states in pair
@@ -153,10 +154,10 @@ def test_an_erase_that_can_not_be_undone_leaves_no_copy(engine: TransformersEngi
 def test_a_shorter_undo_window_overwrites_what_it_leaves_out(engine: TransformersEngine) -> None:
     held = read(engine, words(60, 12))
     first, second = key_of(held, 15), key_of(held, 40)
-    engine.erase(held, SPAN, "mask", None, True)
+    engine.edit(held, SPAN, "mask", None, True)
     between = state(held)
     kept = holds(second)
-    engine.erase(held, [Span(38, 42)], "mask", None, True)
+    engine.edit(held, [Change(Span(38, 42))], "mask", None, True)
     forked = engine.fork(held)
     assert holds(first) == 2 and holds(second) == kept + 1
     engine.forget_undo(held, 1)
@@ -174,7 +175,7 @@ def test_a_wiped_context_is_nowhere(engine: TransformersEngine) -> None:
     held = read(engine, words(60, 13))
     row = key_of(held, 15)
     buffers = [layer.keys for layer in held.cache.layers]
-    engine.erase(held, SPAN, "mask", None, True)
+    engine.edit(held, SPAN, "mask", None, True)
     assert holds(row) == 1
     engine.drop(held, wipe=True)
     assert holds(row) == 0 and held.nbytes == 0 and not any(bool(buffer.any()) for buffer in buffers)  # type: ignore[union-attr]
@@ -182,7 +183,7 @@ def test_a_wiped_context_is_nowhere(engine: TransformersEngine) -> None:
 
 def test_bytes_count_what_undo_holds(engine: TransformersEngine, held: HeldSession) -> None:
     before = held.nbytes
-    receipt = engine.erase(held, SPAN, "mask", None, True)
+    receipt = engine.edit(held, SPAN, "mask", None, True)
     # Slots that are free again are still there.
     assert receipt.undo_bytes > 0 and held.nbytes == before + receipt.undo_bytes
     engine.forget_undo(held, 0)
@@ -204,5 +205,5 @@ def test_a_context_takes_what_was_set_aside_for_it_and_no_more(engine: Transform
     said = answer(engine, held, keep=True)
     assert held.nbytes <= most(540 + len(said))
     forked = engine.fork(held)
-    receipt = engine.erase(forked, SPAN, "erratum", None, False)
+    receipt = engine.edit(forked, SPAN, "erratum", None, False)
     assert receipt.recomputed > 0 and forked.nbytes <= most(540 + len(said) + receipt.recomputed)

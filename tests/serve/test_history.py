@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from kveraser.serve import history
-from kveraser.serve.history import Reuse, reuse
-from kveraser.text.spans import Span
+from kveraser.serve.history import Reuse, align, reuse
+from kveraser.text.spans import Place, Span
 
 
 def brute_score(held: tuple[int, ...], wanted: tuple[int, ...], span_tokens: int) -> int:
@@ -181,3 +182,56 @@ def test_work_is_bounded_on_texts_that_repeat(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(history, "MOST_WORK", 200_000)
     check(held, wanted, 2)
     assert 0 < sum(examined) <= 200_000
+
+
+# Replaced and inserted tokens
+
+
+def rebuilt(held: list[int], wanted: list[int], found: Reuse) -> list[int]:
+    """The context after the edit, by hand."""
+    out, reached = list[int](), 0
+    for number, span in enumerate(found.removed):
+        start, end = found.inserted[number] if found.inserted else (0, 0)
+        out += held[reached : span.start] + wanted[start:end]
+        reached = span.end
+    return out + held[reached : found.held]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_replacements_insertions_and_removals_are_found_and_rebuild_the_request(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(20):
+        held = [draw.randrange(1000) for _ in range(600)]
+        wanted, edits, place = list[int](), 0, 0
+        for end in sorted(draw.sample(range(60, 540, 60), draw.randrange(1, 4))):
+            wanted += held[place:end]
+            removed, added = draw.randrange(30), draw.randrange(20)
+            wanted += [1000 + draw.randrange(1000) for _ in range(added)]
+            place, edits = end + removed, edits + bool(removed or added)
+        tail = [draw.randrange(1000) for _ in range(draw.randrange(9))]
+        wanted += held[place:] + tail
+        found = align(held, wanted, 8)
+        assert rebuilt(held, wanted, found) == wanted[: found.kept] and found.kept >= len(wanted) - len(tail)
+        assert len(found.removed) == edits and found.saved(8) >= reuse(held, wanted, 8).saved(8)
+        spans = [(span.start, span.end) for span in found.removed]
+        assert all(end < start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_two_texts_are_aligned_safely(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(150):
+        letters = draw.choice([2, 4, 9])
+        held = [draw.randrange(letters) for _ in range(draw.randrange(40))]
+        wanted = [draw.randrange(letters) for _ in range(draw.randrange(40))]
+        found = align(held, wanted, draw.choice([1, 2, 4]))
+        assert rebuilt(held, wanted, found) == wanted[: found.kept] and found.held <= len(held)
+
+
+def test_a_short_suffix_is_not_worth_an_edit_and_a_pure_insertion_has_no_span() -> None:
+    held = list(range(200))
+    inserted = align(held, [*range(100), *range(500, 510), *range(100, 200)], 32)
+    assert inserted.removed == (Place(100, 100),) and inserted.inserted == ((100, 110),) and inserted.new == 10
+    assert inserted.kept == 210 and inserted.held == 200 and inserted.saved(32) == 168
+    short = align(held, [*range(190), *range(500, 510), *range(190, 200)], 32)
+    assert short.removed == () and short.kept == 190

@@ -929,3 +929,62 @@ def test_many_clients_on_many_sessions_get_what_each_would_alone(seed: int, tmp_
     run(test())
     assert set(done) == {"erase", "undo", "append", "ask", "keep", "fork", "chat", "create"}
     assert refused["busy"] == 0
+
+
+# Replaced and inserted text
+
+
+@pytest.mark.parametrize("method", [None, "repair(8)", "recompute"])
+def test_a_replaced_message_is_edited_in_the_cache(method: str | None) -> None:
+    async def test() -> None:
+        async with serving() as service:
+            messages = conversation(8)
+            await chat(service, messages)
+            changed = [dict(message) for message in messages]
+            changed[3]["content"] = "[cleared]"
+            answered = await chat(service, changed, method=method)
+            what, wanted = answered.started.what, tokens_of(changed)
+            exact = method == "recompute"
+            assert what.action == ("recompute" if exact else "edit") and what.exact is exact
+            if not exact:
+                [receipt] = what.receipts
+                assert "[cleared]" in receipt["inserted_text"][0] and receipt["inserted"] > 0
+                assert what.erased_tokens > 20 and what.prefilled_tokens == 1 + receipt["inserted"]
+                assert answered.started.cached_tokens == len(wanted) - what.prefilled_tokens
+            # And on from there, on the edited cache.
+            more = [*changed, {"role": "assistant", "content": "fine"}, said("user", 5, 70)]
+            later = await chat(service, more)
+            assert later.started.what.action == "append" and later.started.what.exact is exact
+
+    run(test())
+
+
+def test_an_inserted_message_is_run_in_its_place() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            messages = conversation(8)
+            await chat(service, messages)
+            inserted = [*messages[:2], {"role": "user", "content": "It is Monday."}, *messages[2:]]
+            what = (await chat(service, inserted)).started.what
+            assert what.action == "edit" and what.erased_tokens == 0 and not what.exact
+            assert "It is Monday." in what.receipts[0]["inserted_text"][0]
+            # An edited context takes no insertion unless the client names a method.
+            again = [*inserted[:4], {"role": "user", "content": "It rains."}, *inserted[4:]]
+            assert (await chat(service, again)).started.what.exact
+            named = [*again[:6], {"role": "user", "content": "It snows."}, *again[6:]]
+            assert (await chat(service, named, method="repair(8)")).started.what.action == "edit"
+
+    run(test())
+
+
+def test_a_method_that_can_not_insert_runs_again_from_the_difference() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            messages = conversation(8)
+            await chat(service, messages)
+            changed = [dict(message) for message in messages]
+            changed[3]["content"] = "[cleared]"
+            what = (await chat(service, changed, method="mask")).started.what
+            assert what.action == "recompute" and what.exact
+
+    run(test())

@@ -19,11 +19,12 @@ from kveraser.serve.engine import Engine, Held, Sampling
 from kveraser.serve.entries import Entry, Measured, Source
 from kveraser.serve.errors import ContextOverflow, ServeError, SessionGone
 from kveraser.serve.exchange import Action, Delta, Erasing, Event, Finished, Happened, Started
-from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, reuse, run_again
+from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, align, reuse, run_again
 from kveraser.serve.rendering import Reading
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.store import Store
-from kveraser.text.spans import Span
+from kveraser.session.erase import Change
+from kveraser.text.spans import Place, Span
 
 BRANCH_TOKENS = 64
 """A request that gives up more than this of what the last one asked with is a branch: the context is copied for it."""
@@ -43,7 +44,11 @@ ANSWER_TOKENS = 64
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request: whose, its tokens, how to erase for it, and whether only exact states may serve it."""
+    """A request: whose, its tokens, how to edit for it, and whether only exact states may serve it.
+
+    Attributes:
+        inserts: whether its method can insert text.
+    """
 
     owner: str
     reading: Reading
@@ -51,6 +56,7 @@ class _Asked:
     erasing: Erasing
     method: str | None
     exactly: bool
+    inserts: bool
     source: Source | None
 
 
@@ -61,9 +67,10 @@ class Plan:
     Attributes:
         found: all that it has in common with the request.
         kept: leading tokens of the request that are taken from it.
-        removed: spans of its live tokens to erase.
+        removed: spans of its live tokens to erase; a `Place` where tokens are only inserted.
         held: its leading live tokens that are kept or erased.
-        again: tokens of the request that it holds behind the first difference, and that are run again.
+        inserted: for every removed span the tokens `(start, end)` of the request that take its place, if any.
+        again: tokens of the request that it holds after the first difference, and that are run again.
     """
 
     entry: Entry
@@ -72,6 +79,7 @@ class Plan:
     kept: int
     removed: tuple[Span, ...]
     held: int
+    inserted: tuple[tuple[int, int], ...] = ()
     again: int = 0
 
     @property
@@ -79,9 +87,14 @@ class Plan:
         return self.found.held < self.entry.prompt - BRANCH_TOKENS
 
     @property
+    def new(self) -> int:
+        """Tokens of the request that are inserted."""
+        return sum(end - start for start, end in self.inserted)
+
+    @property
     def spares(self) -> bool:
         """Whether what the context would lose is worth a copy."""
-        return self.entry.source is None and self.kept < self.entry.measured.live_tokens - SPARED_TOKENS
+        return self.entry.source is None and self.kept - self.new < self.entry.measured.live_tokens - SPARED_TOKENS
 
 
 def edited(before: Reading | None, now: Reading) -> bool:
@@ -93,6 +106,15 @@ def edited(before: Reading | None, now: Reading) -> bool:
         return True
     same = list(now.messages[: len(before.messages)]) == list(before.messages)
     return not same and now.options == before.options
+
+
+def same_opening(before: Reading | None, now: Reading) -> bool:
+    """Whether two conversations have the same tools and system prompt: all later text was computed from those."""
+    if before is None or not (before.messages and now.messages):
+        return True
+    return before.options == now.options and (
+        before.messages[0] == now.messages[0] or now.messages[0]["role"] == "user"
+    )
 
 
 class Conversations:
@@ -140,7 +162,8 @@ class Conversations:
         # An unknown method is refused before anything is changed.
         named = None if method in (None, "auto") else make_method(str(method))
         exactly = erasing.max_kl == 0 if named is None else named.is_reference
-        asked = _Asked(owner, reading, wanted, erasing, method, exactly, source)
+        inserts = named is None or (named.inserts and not named.needs_eraser)
+        asked = _Asked(owner, reading, wanted, erasing, method, exactly, inserts, source)
         entry, what, kept = await self._prepared(asked)
         try:
             held = entry.held
@@ -182,7 +205,7 @@ class Conversations:
             entry = plan.entry
             try:
                 await self.store.awake(entry)
-                added, undo = size - plan.kept, 0
+                added, undo = size - plan.kept + plan.new, 0
                 if plan.removed:
                     # Until an erase is done it can be undone; `auto` compares with two prefills.
                     undo = entry.bytes
@@ -200,7 +223,8 @@ class Conversations:
                 await self.background.surely(self._release(entry, None))
                 raise
             else:
-                return entry, _happened(plan, entry, receipts, kept, size, reading), kept
+                inserted = sum(receipt.inserted for receipt in receipts)
+                return entry, _happened(plan, entry, receipts, kept, size, reading), kept - inserted
         entry = self.store.enter(asked.owner, "conversation", self.store.limits.conversation_seconds)
         await entry.lock.acquire()
         entry.source = asked.source
@@ -247,7 +271,7 @@ class Conversations:
         if asked.exactly or not (measured.exact or within):
             # Behind the first erase nothing is exact; and nothing is erased to stay exact.
             return True
-        if erasing.method is not None or max_kl is not None or erasing.now_then_exact:
+        if erasing.allows_approximate:
             return False
         # What a client did not edit is not served approximately: a conversation of its own behind an erased span, and
         # text that the template or other tools leave out.
@@ -261,18 +285,22 @@ class Conversations:
         for entry, revision, measured, reading in states:
             # One token at least is new: the answer begins with what the model says behind it.
             borders = reading.borders if reading is not None else None
-            found = reuse(measured.live, wanted[:-1], self.span_tokens, borders)
+            # Into a context that is edited already, text is only inserted where the client allows it.
+            inserts = asked.inserts and (measured.exact or asked.erasing.allows_approximate)
+            inserts = inserts and same_opening(reading, asked.reading)
+            found = (align if inserts else reuse)(measured.live, wanted[:-1], self.span_tokens, borders)
             if self._exact_only(entry, measured, found, reading, asked):
                 usable = len(measured.live) if measured.exact else measured.exact_prefix
                 kept = min(found.prefix, usable)
                 plan = Plan(entry, revision, found, kept, (), kept)
             else:
-                plan = Plan(entry, revision, found, found.kept, found.removed, found.held)
+                plan = Plan(entry, revision, found, found.kept, found.removed, found.held, found.inserted)
             worth = plan.kept * COPIED_PER_KEPT >= len(measured.live) if plan.branches else plan.kept > 0
             if worth and plan.kept >= min(LEAST_KEPT, len(wanted) // 2):
                 again = run_again(measured.live[plan.held :], wanted[plan.kept :], LEAST_KEPT)
                 plan = replace(plan, again=again)
-                plans.append((plan.kept - self.span_tokens * len(plan.removed), entry.used, plan))
+                saved = plan.kept - plan.new - self.span_tokens * len(plan.removed)
+                plans.append((saved, entry.used, plan))
         return [plan for *_, plan in sorted(plans, key=lambda ranked: ranked[:2], reverse=True)]
 
     async def _branch(self, plan: Plan, tokens: int, more: int) -> Entry:
@@ -314,9 +342,9 @@ class Conversations:
             if plan.held < len(places):
                 self.engine.truncate(held, places[plan.held - 1] + 1)
             if plan.removed:
-                spans = [Span(places[span.start], places[span.end - 1] + 1) for span in plan.removed]
+                changes = _changes(plan, places, asked.reading)
                 try:
-                    receipts.append(self.engine.erase(held, spans, asked.method, erasing.max_kl, undoable=False))
+                    receipts.append(self.engine.edit(held, changes, asked.method, erasing.max_kl, undoable=False))
                 except KVEraserError:
                     if erasing.method is not None or erasing.max_kl is not None:
                         raise
@@ -419,6 +447,21 @@ class Conversations:
         self.scheduler.when_idle(advance)
 
 
+def _changes(plan: Plan, places: Sequence[int], reading: Reading) -> list[Change]:
+    """The plan's changes of the transcript, whose live tokens are at `places`."""
+    changes = []
+    for number, span in enumerate(plan.removed):
+        start, end = plan.inserted[number] if plan.inserted else (0, 0)
+        text = reading.rest(start, end) if start < end else None
+        if isinstance(span, Place):
+            # Erased tokens may lie between; the text follows the last kept one.
+            after = places[span.start - 1] + 1 if span.start else 0
+            changes.append(Change(Place(after, after), text))
+        else:
+            changes.append(Change(Span(places[span.start], places[span.end - 1] + 1), text))
+    return changes
+
+
 class _Unusable(Exception):
     """A context turned out not to serve the request."""
 
@@ -433,10 +476,10 @@ def _happened(
 ) -> Happened:
     """What taking up a context came to."""
     # What the context held and the request has as well, and was run again all the same.
-    again = min(max(plan.again, plan.found.kept - kept), wanted - kept)
+    again = min(max(plan.again, plan.found.kept - plan.found.new - kept), wanted - kept)
     action: Action = "append"
     if receipts:
-        action = "erase"
+        action = "edit" if plan.inserted else "erase"
     elif kept < min(plan.entry.prompt, wanted) - 1 or plan.found.removed:
         action = "recompute" if again else "prefix"
     documents: tuple[dict[str, Any], ...] = tuple(receipt.to_json() for receipt in receipts)
@@ -444,8 +487,8 @@ def _happened(
         action=action,
         context=entry.id,
         erased_tokens=sum(receipt.erased for receipt in receipts),
-        recomputed_tokens=again + sum(receipt.recomputed for receipt in receipts),
-        prefilled_tokens=wanted - kept - again,
+        recomputed_tokens=again + sum(receipt.recomputed - receipt.inserted for receipt in receipts),
+        prefilled_tokens=wanted - kept - again + sum(receipt.inserted for receipt in receipts),
         receipts=documents,
         applied_edits=reading.applied,
     )

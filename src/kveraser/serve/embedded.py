@@ -19,8 +19,8 @@ from kveraser.serve.batch import can_step_together, step_together
 from kveraser.serve.engine import Held, Sampling, Step, Stream, TokenLogprob
 from kveraser.serve.held import ANSWER_ROOM, NOTICE_ROOM, HeldSession
 from kveraser.serve.sampling import Sampler
+from kveraser.session.erase import Change
 from kveraser.session.state import SessionState
-from kveraser.text.spans import Span, Tokens
 from kveraser.text.tokenized import TokenizedText
 
 
@@ -145,8 +145,8 @@ class TransformersEngine:
         """Undo steps go where what they would bring back is forgotten."""
         _own(held).truncate(tokens)
 
-    def erase(
-        self, held: Held, spans: Sequence[Span], method: str | None, max_kl: float | None, undoable: bool
+    def edit(
+        self, held: Held, changes: Sequence[Change], method: str | None, max_kl: float | None, undoable: bool
     ) -> Receipt:
         """A budget without a method is one for `auto`."""
         session = _own(held)
@@ -156,9 +156,9 @@ class TransformersEngine:
         if chosen == "auto":
             # Its audits compare with all live tokens.
             session.run_pending(1)
-        session.make_room(NOTICE_ROOM)
+        session.make_room(NOTICE_ROOM + sum(len(change.text.tokens) for change in changes if change.text is not None))
         with self.backbone.sharing(self._between, self._chunk):
-            receipt = session.erase([Tokens(span.start, span.end) for span in spans], chosen, max_kl=max_kl)
+            receipt = session.edit(changes, chosen, max_kl=max_kl)
         if not undoable:
             session.forget_undo(0)
             session.receipts[-1] = receipt = replace(receipt, undo_bytes=0)

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Audit, Receipt
-from kveraser.text.spans import Span, Transcript
+from kveraser.session.erase import Change
+from kveraser.text.spans import Transcript
 from kveraser.text.tokenized import TokenizedText
 
 
@@ -148,12 +149,13 @@ class Engine(Protocol):
     def truncate(self, held: Held, tokens: int) -> None:
         """Forget the transcript from token `tokens` on, as if it had never been read; undo steps behind it go too."""
 
-    def erase(
-        self, held: Held, spans: Sequence[Span], method: str | None, max_kl: float | None, undoable: bool
+    def edit(
+        self, held: Held, changes: Sequence[Change], method: str | None, max_kl: float | None, undoable: bool
     ) -> Receipt:
-        """Erase token spans of the transcript; nothing but the last token may be pending.
+        """Erase token spans of the transcript and put text in their places; only the last token may be pending.
 
         Args:
+            changes: in the order of the transcript.
             method: as `Session.erase` takes it; None: the engine's default.
             max_kl: the budget of `auto`, nats per token.
             undoable: False overwrites the states that went, so that no buffer holds them.

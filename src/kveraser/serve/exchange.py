@@ -10,7 +10,7 @@ from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
 
-Action = Literal["prefill", "append", "erase", "recompute", "prefix"]
+Action = Literal["prefill", "append", "erase", "edit", "recompute", "prefix"]
 Caches = Literal["edited", "unerased", "exact"]
 
 
@@ -27,6 +27,11 @@ class Erasing:
     method: str | None = None
     max_kl: float | None = None
     now_then_exact: bool = False
+
+    @property
+    def allows_approximate(self) -> bool:
+        """Whether the client chose how to edit, and so allows answers that are not exact."""
+        return self.method is not None or self.max_kl is not None or self.now_then_exact
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Happened:
 
     Attributes:
         action: `prefill`: nothing cached was used; `append`: what was cached is used, and text added; `erase`: spans
-            were erased from what was cached; `recompute`: everything from the first difference on was run, though some
-            of it had been cached; `prefix`: what both begin with was used, and nothing behind it had been cached.
+            were erased from what was cached; `edit`: text was replaced or inserted in it; `recompute`: everything from
+            the first difference on was run, though some of it had been cached; `prefix`: the common prefix was used,
+            and nothing after it had been cached.
         context: id of the cached context.
         erased_tokens: tokens erased from the cache for this request.
         recomputed_tokens: tokens that the cache had held and that were run again, by the method or from the first

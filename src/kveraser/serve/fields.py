@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,7 @@ from pydantic import (
 from kveraser.errors import KVEraserError
 from kveraser.methods import make_method
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Erasing
+from kveraser.serve.exchange import Action, Erasing
 from kveraser.text.spans import selector_from_json
 
 WHOLE = 2**31 - 1
@@ -241,9 +241,10 @@ class KVEraserFields(Request):
 class Happening(Reply):
     """What the request did to the cache that answered it."""
 
-    action: Literal["prefill", "append", "erase", "recompute", "prefix"] = Field(
-        description="`prefill`: nothing cached was used; `append`: text was added; `erase`: spans went from the cache; "
-        "`recompute`: run again from the first difference on; `prefix`: the same beginning was used, the rest is new."
+    action: Action = Field(
+        description="`prefill`: nothing cached was used; `append`: text was added; `erase`: spans were erased from the "
+        "cache; `edit`: text was replaced or inserted in it; `recompute`: run again from the first difference on; "
+        "`prefix`: the common prefix was used, the rest is new."
     )
     context: str = Field(description="Id of the cached context.")
     erased_tokens: int

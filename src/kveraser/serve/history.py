@@ -1,13 +1,13 @@
 """A request's tokens against a cached context: the cheapest way from one to the other.
 
-A client that edits its history sends what is left: the cached tokens with spans missing, and new ones at the end.
-`reuse` finds how much of a context serves a request: a common prefix, then any number of removed spans with what lies
-between them, then new tokens. An insertion ends the reuse: what follows it is new.
+A client that edits its history sends the cached tokens with spans missing, replaced or inserted, and new ones at the
+end. `reuse` finds how much of a context serves a request: a common prefix, then any number of changed spans with the
+kept tokens between them, then new tokens.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from kveraser.text.spans import Span
+from kveraser.text.spans import Place, Span
 
 SPAN_TOKENS = 32
 """What a removed span must save, in tokens. Erasing one costs about as much (`repair(32)`), and is not exact."""
@@ -39,13 +39,26 @@ class Reuse:
 
     Attributes:
         kept: leading tokens of the request that the context holds, once `removed` are gone.
-        removed: spans of the context's live tokens to erase, in order, with kept tokens between and behind them.
-        held: leading live tokens of the context that are kept or removed; what follows is to be forgotten.
+        removed: spans of the context's live tokens to erase, in order, with kept tokens between and after them; a
+            `Place` where tokens are only inserted.
+        held: leading live tokens of the context that are kept or removed; later ones are to be forgotten.
+        inserted: for every span in `removed`, the tokens `(start, end)` of the request that take its place; empty where
+            nothing is inserted anywhere.
     """
 
     kept: int
     removed: tuple[Span, ...]
     held: int
+    inserted: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def new(self) -> int:
+        """Tokens of the request among the `kept` that the context does not hold yet."""
+        return sum(end - start for start, end in self.inserted)
+
+    def saved(self, span_tokens: int) -> int:
+        """Tokens that need not run, less `span_tokens` for every span."""
+        return self.kept - self.new - span_tokens * len(self.removed)
 
     @property
     def prefix(self) -> int:
@@ -59,7 +72,7 @@ def reuse(
     span_tokens: int = SPAN_TOKENS,
     borders: Borders | None = None,
 ) -> Reuse:
-    """The reuse of `cached` for `request` that keeps most tokens, less `span_tokens` for every removed span.
+    """The reuse of `cached` for `request` that keeps most tokens, less `span_tokens` for every changed span.
 
     Equals are decided for fewer spans. Where a span can begin at several places, because the text repeats at its
     ends, it is laid between message borders; without any it begins as late as it can.
@@ -89,6 +102,80 @@ def reuse(
     return found
 
 
+def align(
+    cached: Sequence[int] | Tokens,
+    request: Sequence[int] | Tokens,
+    span_tokens: int = SPAN_TOKENS,
+    borders: Borders | None = None,
+) -> Reuse:
+    """As `reuse`, and with tokens replaced and inserted where that keeps more tokens, less `span_tokens` a span."""
+    held, wanted = np.asarray(cached, dtype=np.int32), np.asarray(request, dtype=np.int32)
+    found = reuse(held, wanted, span_tokens, borders)
+    replaced = _replaced(held, wanted, common_prefix(held, wanted), span_tokens)
+    return replaced if replaced.inserted and replaced.saved(span_tokens) > found.saved(span_tokens) else found
+
+
+def _replaced(held: Tokens, wanted: Tokens, prefix: int, least: int) -> Reuse:
+    """The reuse by runs of at least `least` tokens that occur once on either side (patience diff), after the prefix.
+
+    Each run begins with a window of `least` tokens that is unique in both, and is extended as far as both agree.
+    """
+    ours, theirs = (_unique(_windows(tokens[prefix:], least)) for tokens in (held, wanted))
+    anchors = _increasing(sorted((theirs[key] + prefix, ours[key] + prefix) for key in theirs.keys() & ours.keys()))
+    removed, inserted, kept, reached = list[Span](), list[tuple[int, int]](), prefix, prefix
+    for there, here in anchors:
+        same = np.array_equal(held[here : here + least], wanted[there : there + least])
+        if there < kept or here < reached or not same:
+            # Inside the run before it, or two windows of one hash.
+            continue
+        back = 0
+        while there - back > kept and here - back > reached and held[here - back - 1] == wanted[there - back - 1]:
+            back += 1
+        start, place = here - back, there - back
+        removed.append(Span(reached, start) if reached < start else Place(start, start))
+        inserted.append((kept, place))
+        run = common_prefix(held[here:], wanted[there:])
+        kept, reached = there + run, here + run
+    return Reuse(kept, tuple(removed), reached, tuple(inserted) if any(start < end for start, end in inserted) else ())
+
+
+def _windows(tokens: Tokens, size: int) -> npt.NDArray[np.uint64]:
+    """A hash of 64 bits for every window of `size` tokens."""
+    if len(tokens) < size:
+        return np.empty(0, dtype=np.uint64)
+    # The products overflow as they should.
+    factors = np.random.default_rng(0).integers(1, 2**63, size, dtype=np.uint64) | np.uint64(1)
+    hashes: npt.NDArray[np.uint64] = np.convolve(tokens.astype(np.uint64), factors, "valid")
+    return hashes
+
+
+def _unique(hashes: npt.NDArray[np.uint64]) -> dict[int, int]:
+    """The places of hashes that occur once."""
+    values, places, counts = np.unique(hashes, return_index=True, return_counts=True)
+    once = counts == 1
+    return dict(zip(values[once].tolist(), places[once].tolist(), strict=True))
+
+
+def _increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A longest subsequence of pairs, in order of their first numbers, whose second numbers increase."""
+    tails: list[int] = []
+    ends: list[int] = []
+    before: list[int] = []
+    for number, (_, second) in enumerate(pairs):
+        place = bisect_left(tails, second)
+        before.append(ends[place - 1] if place else -1)
+        if place == len(tails):
+            tails.append(second)
+            ends.append(number)
+        else:
+            tails[place], ends[place] = second, number
+    chain, last = list[tuple[int, int]](), ends[-1] if ends else -1
+    while last >= 0:
+        chain.append(pairs[last])
+        last = before[last]
+    return chain[::-1]
+
+
 def without(cached: Tokens, found: Reuse) -> Tokens:
     """The tokens of `cached` that stay."""
     stays = np.ones(found.held, dtype=bool)
@@ -108,9 +195,7 @@ def run_again(cached: Tokens, request: Tokens, least: int) -> int:
     """How many tokens of `request` lie in runs of `least` or more that `cached` has as well, wherever they stand."""
     if min(len(cached), len(request)) < least:
         return 0
-    # Runs are compared by a hash of 64 bits, which overflows as it should: lists of runs would take too long.
-    factors = np.random.default_rng(0).integers(1, 2**63, least, dtype=np.uint64) | np.uint64(1)
-    ours, theirs = (np.convolve(tokens.astype(np.uint64), factors, "valid") for tokens in (request, cached))
+    ours, theirs = _windows(request, least), _windows(cached, least)
     inside = np.convolve(np.isin(ours, theirs), np.ones(least, dtype=np.int64)) > 0
     return min(int(inside.sum()), len(cached))
 
@@ -239,4 +324,4 @@ def _between(held: Tokens, span: Span, first: int, borders: Borders) -> Span:
     return Span(span.start - back, span.end - back)
 
 
-__all__ = ["SPAN_TOKENS", "Reuse", "common_prefix", "reuse", "run_again", "without"]
+__all__ = ["SPAN_TOKENS", "Reuse", "align", "common_prefix", "reuse", "run_again", "without"]

@@ -44,19 +44,19 @@ class Reading:
         """The tokens that the context is to hold."""
         return tuple(self.tokens[place] for place in self.stays)
 
-    def rest(self, kept: int) -> TokenizedText:
-        """The wanted tokens from number `kept` on, as text to append or, from 0 on, to begin with."""
+    def rest(self, kept: int, end: int | None = None) -> TokenizedText:
+        """The wanted tokens `[kept, end)`, by default to the last one, with their text."""
         text, offsets = "", list[tuple[int, int]]()
         before = self.stays[kept - 1] if kept else -1
         reached = self.offsets[before][1] if kept else 0
-        for place in self.stays[kept:]:
-            start, end = self.offsets[place]
+        for place in self.stays[kept:end]:
+            start, stop = self.offsets[place]
             # Text between tokens goes with the one behind it; behind a cleared token there is none.
-            piece = self.text[reached if place == before + 1 else max(start, reached) : end]
-            offsets.append((max(0, len(text) + len(piece) - (end - start)), len(text) + len(piece)))
+            piece = self.text[reached if place == before + 1 else max(start, reached) : stop]
+            offsets.append((max(0, len(text) + len(piece) - (stop - start)), len(text) + len(piece)))
             text += piece
-            before, reached = place, max(reached, end)
-        return TokenizedText(text, self.wanted[kept:], tuple(offsets))
+            before, reached = place, max(reached, stop)
+        return TokenizedText(text, self.wanted[kept:end], tuple(offsets))
 
     def borders(self, first: int, last: int) -> list[int]:
         """Which of the places `[first, last]` among the wanted tokens are borders of messages.

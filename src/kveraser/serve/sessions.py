@@ -33,6 +33,7 @@ from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.selecting import read_selectors
 from kveraser.serve.store import Store
 from kveraser.serve.views import message_views, summary, token_views
+from kveraser.session.erase import Change
 from kveraser.text import chat
 from kveraser.text.spans import resolve
 from kveraser.text.template import ChatOptions
@@ -194,7 +195,7 @@ class Sessions:
 
             def work() -> dict[str, Any]:
                 spans = resolve(held.transcript, selectors)
-                return self.engine.erase(held, spans, method, max_kl, undoable).to_json()
+                return self.engine.edit(held, [Change(span) for span in spans], method, max_kl, undoable).to_json()
 
             receipt = await self.scheduler.run(work)
             await self._settle(entry)

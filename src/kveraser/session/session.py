@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from kveraser.cache.editable import EditableCache
-from kveraser.errors import InputError, MethodError, SessionError
+from kveraser.errors import InputError, MethodError, SessionError, SpanError
 from kveraser.measure.audit import ANSWER_TOKENS, References
 from kveraser.measure.influence import Influence, MessageInfluence, measure_influence
 from kveraser.measure.probes import Probe
@@ -288,7 +289,7 @@ class Session:
                 self.transcript, [*(Tokens(span.start, span.end) for span in spans), *map(self._turn, above)]
             )
         changes = [Change(span) for span in spans]
-        return self._edit(changes, method, parameters, max_kl, probes, undoable, force)
+        return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
     def replace(
         self,
@@ -323,7 +324,7 @@ class Session:
         for span in resolve(self.transcript, selector):
             before, after = margins(self.transcript, selector, span)
             changes.append(Change(span, self._added(before + text + after)))
-        return self._edit(changes, method, parameters, max_kl, probes, undoable, force)
+        return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
     def insert(
         self,
@@ -349,24 +350,43 @@ class Session:
             SpanError: outside the context, or inside a token.
         """
         self.state.check_idle()
-        place = place_of(self.transcript, position)
-        return self._edit([Change(place, self._added(text))], method, parameters, max_kl, probes, undoable, force)
+        changes = [Change(place_of(self.transcript, position), self._added(text))]
+        return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
     def _added(self, text: str) -> TokenizedText:
         """The tokens of a text that is put into the context."""
         _warn(special_notices(self.backbone.tokenizer, {"the text": text}, self.options.allow_special))
         return chat.added_text(self.backbone.tokenizer, text, self.options)
 
-    def _edit(
+    def edit(
         self,
         changes: Sequence[Change],
-        method: str | Method | None,
-        parameters: Mapping[str, Any],
-        max_kl: float | None,
-        probes: Sequence[str | Probe] | None,
-        undoable: bool,
-        force: bool,
+        method: str | Method | None = None,
+        *,
+        max_kl: float | None = None,
+        probes: Sequence[str | Probe] | None = None,
+        undoable: bool = True,
+        force: bool = False,
+        **parameters: Any,
     ) -> Receipt:
+        """Apply several changes at once; `erase`, `replace` and `insert` are its cases.
+
+        Args:
+            changes: spans of tokens and texts, in the order of the transcript, without overlaps.
+
+        Raises:
+            SpanError: changes out of order.
+            Otherwise those of `erase`.
+        """
+        self.state.check_idle()
+        if any(one.span.end > other.span.start for one, other in pairwise(changes)):
+            raise SpanError("the changes overlap or are out of order: give each part of the context once, in order")
+        if any(change.span.end > len(self.transcript.tokens) for change in changes):
+            raise SpanError(f"a change lies outside the context, which has {len(self.transcript.tokens)} tokens")
+        erased = [Tokens(one.span.start, one.span.end) for one in changes if one.span.start < one.span.end]
+        if erased:
+            # Refuses what is erased already, and an edit after which nothing would remain.
+            resolve(self.transcript, erased)
         if method == "auto":
             if parameters:
                 raise MethodError(f"auto chooses the parameters itself: leave out {sorted(parameters)}")
