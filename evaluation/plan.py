@@ -1,4 +1,4 @@
-"""What a quality run is to measure: suites with their sizes; and the named profiles."""
+"""Plans of quality runs: suites with their sizes, and named profiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kveraser.measure.run import RunSettings
 
 @dataclass(frozen=True)
 class Only:
-    """Of a task, the values of an axis that are measured."""
+    """The values of an axis that are measured in a task."""
 
     task: str
     axis: str
@@ -27,7 +27,7 @@ class SuitePlan:
     """One suite of a run: which tasks, context lengths and span lengths in tokens, and how many cases a cell.
 
     Attributes:
-        only: of some tasks, the values of an axis of `Cell` that are measured; without it all are.
+        only: limits some tasks to values of an axis of `Cell`.
     """
 
     suite: str
@@ -59,7 +59,7 @@ class SuitePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings(RunSettings):
-    """What a run of suites measures: a plan a suite, beside where its cases come from."""
+    """Settings of a run of suites: one plan for each suite, and the sources of its cases."""
 
     plans: tuple[SuitePlan, ...] = ()
 
@@ -82,15 +82,15 @@ def make_cases(
     own: Sequence[BenchCase] = (),
     dataset: str | None = None,
 ) -> tuple[list[BenchCase], list[LeftOut]]:
-    """All cases of a run, and the cells that a suite can't make any of.
+    """All cases of a run, and the cells without cases.
 
     Args:
-        passages: text to fill contexts with; empty: the suites generate it.
-        own: cases that the user gave.
+        passages: text to fill contexts with. Empty: the suites generate it.
+        own: the user's cases.
         dataset: the questions of `longqa`: a file, or the name of a hub dataset.
 
     Raises:
-        InputError: what a suite refuses, or two cases of one id.
+        InputError: a suite refuses its settings, or two cases have one id.
     """
     cases, left_out = list(own), list[LeftOut]()
     for plan in settings.plans:
@@ -114,10 +114,10 @@ def plan_suite(
     spans: tuple[int, ...] | None = None,
     cases: int = 200,
 ) -> SuitePlan:
-    """A suite with its own sizes where none are given.
+    """A plan with the suite's own sizes where none are given.
 
     Raises:
-        InputError: an unknown suite or task, or sizes that make no sense.
+        InputError: an unknown suite or task, or invalid sizes.
     """
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
@@ -136,7 +136,7 @@ def plan_suite(
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a profile takes of one suite; empty: all that the suite has of it."""
+    """The sizes of one suite in a profile. Empty: the suite's own."""
 
     suite: str
     length: int
@@ -147,11 +147,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Profile:
-    """A named set of suites that fits a machine.
+    """A named set of suites for one kind of machine.
 
     Attributes:
         methods: as `--methods` takes them.
-        cases: of every cell.
+        cases: number in every cell.
     """
 
     suites: tuple[Sizes, ...]
@@ -160,7 +160,7 @@ class Profile:
 
 
 PROFILES = {
-    # For two cores: all suites in short contexts, with as much to undo; of an axis its two ends, of a method one form.
+    # For two cores: all suites in short contexts, the two ends of every axis, and one variant of every method.
     "cpu": Profile(
         (
             Sizes("niah", 320, only=(Only("needle", "depth", (0.0, 1.0)),)),
@@ -182,10 +182,10 @@ PROFILES = {
 def profile_plans(
     name: str, cases: int | None = None, dataset: str | None = None
 ) -> tuple[tuple[SuitePlan, ...], tuple[LeftOut, ...]]:
-    """The plans of a profile, and the suites of it that can't be measured.
+    """The plans of a profile, and its suites that can't be measured.
 
     Args:
-        cases: of every cell instead of the profile's own number.
+        cases: number in every cell, instead of the profile's.
         dataset: the questions of `longqa`; None leaves it out.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A server in a process of its own, started as `kveraser serve` is, and clients of it."""
+"""Starts `kveraser serve` in a separate process, and makes clients of it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SHOWN_LOG = 2000
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a server is started.
+    """Options of a server.
 
     Attributes:
         model, eraser, device, dtype: as the command takes them.
-        method: how it erases; None: its own choice.
-        memory: budget for contexts in MiB; None: its own.
-        keys: API keys that it knows; none: it asks for none.
+        method: erasing method. None: the server's default.
+        memory: budget for contexts in MiB. None: the server's default.
+        keys: API keys. Empty: none is required.
     """
 
     model: str
@@ -55,7 +55,7 @@ class ServerSettings:
     keys: tuple[str, ...] = ()
 
     def arguments(self, port: int, folder: Path) -> list[str]:
-        """The command line behind `kveraser serve`."""
+        """The arguments of `kveraser serve`."""
         memory = None if self.memory is None else self.memory / MEBIBYTES
         named = {
             "--host": HOST, "--port": port, "--model": self.model, "--eraser": self.eraser, "--device": self.device,
@@ -69,12 +69,12 @@ class ServerSettings:
 
 
 class Server:
-    """A running server; leaving the context stops it.
+    """A running server. Leaving the context stops it.
 
     Args:
         settings: how it is started.
-        folder: for its sessions and its log; another server may use it when this one has ended.
-        command: what starts it, before its arguments.
+        folder: for its sessions and its log. Another server can use it afterwards.
+        command: starts it; arguments are appended.
 
     Raises:
         InputError: it does not start.
@@ -116,7 +116,7 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Ask it to end, so that it writes what it has, and wait; one that doesn't end is killed.
+        """Stop it with SIGTERM, so that it saves its sessions; kill it if it does not end.
 
         Raises:
             MeasurementError: it had to be killed.
@@ -129,7 +129,7 @@ class Server:
             raise MeasurementError(f"the server did not end within {STOP_SECONDS:g} seconds of SIGTERM") from None
 
     def kill(self) -> None:
-        """End it at once, as `kill -9` does."""
+        """Kill it with SIGKILL."""
         self._process.kill()
         self._process.wait()
 
@@ -147,20 +147,20 @@ class Server:
         return httpx2.Client(base_url=self.url, timeout=REQUEST_SECONDS, headers=headers)
 
     def client(self) -> openai.OpenAI:
-        """OpenAI's own client. It asks once: a second try would be timed as well."""
+        """OpenAI's client, without retries, which would be timed too."""
         import openai
 
         key = self.keys[0] if self.keys else "unused"
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=REQUEST_SECONDS)
 
     def model(self) -> str:
-        """The name by which the model is asked for."""
+        """The name of the model."""
         with self.client() as client:
             return client.models.list().data[0].id
 
 
 def numbers(client: httpx2.Client) -> dict[str, float]:
-    """The server's metrics that have no labels, by name."""
+    """The server's metrics without labels, by name."""
     from prometheus_client.parser import text_string_to_metric_families
 
     families = text_string_to_metric_families(client.get("/metrics").raise_for_status().text)

@@ -1,4 +1,4 @@
-"""What a suite is: a name, and how it makes the cases of its cells."""
+"""The interface of a suite: a name, and a function that makes the cases of its cells."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kveraser.training.cases import Case
 
 @dataclass(frozen=True)
 class SuiteSettings:
-    """What a suite makes cases of.
+    """Settings from which a suite makes cases.
 
     Attributes:
         tokenizer: of the backbone; sizes are counted in its tokens.
         tasks: of `Suite.tasks`, each once.
         lengths: of contexts, in tokens.
         spans: of erased spans, in tokens; a suite whose span is a sentence of its own ignores it.
-        cases: of every cell.
-        seed: the same one gives the same cases.
-        passages: text to fill contexts with; empty: text that the suite generates itself.
-        dataset: where a suite that reads questions finds them: a file, or the name of a hub dataset.
+        cases: number in every cell.
+        seed: the same seed gives the same cases.
+        passages: text to fill contexts with. Empty: the suite generates text.
+        dataset: source of a suite's questions: a file, or the name of a hub dataset.
     """
 
     tokenizer: Any
@@ -38,7 +38,7 @@ class SuiteSettings:
 
 @dataclass(frozen=True)
 class Made:
-    """The cases of a suite, and the cells that it can't make cases of."""
+    """The cases of a suite, and the cells without cases."""
 
     cases: tuple[BenchCase, ...]
     left_out: tuple[LeftOut, ...] = ()
@@ -50,7 +50,7 @@ class Suite:
 
     Attributes:
         tasks: the first part of its cells.
-        lengths, spans: what is measured unless something else is asked for; no spans where it takes none.
+        lengths, spans: default sizes; no spans where the suite takes none.
         make: the cases of all cells.
     """
 
@@ -63,5 +63,5 @@ class Suite:
 
 
 def from_training_case(case: Case, cell: Cell) -> BenchCase:
-    """A generated case of training, as one of a benchmark's cell."""
+    """Convert a generated training case into a benchmark case."""
     return BenchCase(case.id, cell, case.context, (Characters(*case.span),), case.queries)

@@ -1,6 +1,6 @@
 """Chains of references: later sentences take a value over from the span, from one to four steps on.
 
-One context holds a chain of every number of hops, so the cases of a cell stand in contexts of their own.
+One context holds a chain of every number of hops, so cases of one cell have different contexts.
 """
 
 from __future__ import annotations

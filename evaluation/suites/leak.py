@@ -1,4 +1,4 @@
-"""What can be got out again: secrets of several kinds, asked for openly, by a detour, and by an adversary's search.
+"""Leaks of secrets of several kinds, asked for directly, indirectly, and by an adversary's search.
 
 One context holds a secret of every kind, each referred to later without being repeated; a case erases one of them.
 """
@@ -22,9 +22,9 @@ from kveraser.training.tasks.tables import Cast, fill, load_tables, substitute
 ADVERSARIAL = "adversarial"
 TASKS = ("number", "name", "sentence", "key", ADVERSARIAL)
 SECRETS_UNTIL = 0.45
-"""Share of the context in which the secrets stand; the references to them come after it."""
+"""Secrets are in this first share of the context; references to them follow."""
 LEAST_FILLER = 0.05
-"""Share of a context's own text that is about no secret, at least."""
+"""Minimum share of a context that is about no secret."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Secret:
 
     Attributes:
         text: the secret itself.
-        statement: the sentence that gives it, which is erased.
+        statement: the sentence that states it, which is erased.
         later: a sentence that refers to it.
-        slots: `subject`, `secret`, `claim` (a sentence that gives it away), and its `opening` and `ending`.
+        slots: `subject`, `secret`, `claim` (a sentence that reveals it), and its `opening` and `ending`.
     """
 
     kind: str
@@ -130,9 +130,9 @@ def _woven(settings: SuiteSettings, secrets: list[Secret], length: int, index: i
 
 
 def _queries(rng: random.Random, secret: Secret, index: int) -> tuple[Query, ...]:
-    """From case to case in turn, a question that asks for the secret openly and one that gets at it by a detour.
+    """A question that asks for the secret directly or, in every second case, indirectly.
 
-    Beside an adversary's search only the first. The forced answer is the text that gives the secret away.
+    A case with an adversary has a direct question. The forced answer is the text that reveals the secret.
     """
     words = load_words("leak")
     if secret.kind == ADVERSARIAL or index % 2 == 0:

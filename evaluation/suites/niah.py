@@ -1,6 +1,6 @@
 """Conflicting needle: a long text states a fact rightly in one place and wrongly in another, and the wrong one goes.
 
-One context holds a pair of needles for every depth, so the cases of a cell stand in contexts of their own.
+One context holds a pair of needles for every depth, so cases of one cell have different contexts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kveraser.text.spans import Characters
 
 TASK = "needle"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where the wrong needle begins, as a share of the context: 0 is behind the first sentence, 1 before the last."""
+"""Start of the wrong needle as a share of the context: 0 is after the first sentence, 1 before the last."""
 LEAST_FILLER = 0.25
 """Share of a context that is no needle, at least."""
 

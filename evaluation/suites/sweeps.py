@@ -1,6 +1,6 @@
 """One size at a time: how long the span is, how far it lies back, and how many spans go at once.
 
-One context holds the spans of several cells, so the cases of a cell stand in contexts of their own.
+One context holds the spans of several cells, so cases of one cell have different contexts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ LARGEST_SPANS = 0.75
 FARTHEST = 0.7
 """Share of the context that may follow a span."""
 RIGHT_UNTIL = 0.25
-"""Share of the context in which the right statements stand where distances are compared: in front of every span."""
+"""Where distances are compared, right statements are in this first share of the context, before every span."""
 LEAST_FILLER = 0.1
-"""Share of a context that states nothing, at least."""
+"""Minimum share of a context that states nothing."""
 
 Targets = Callable[[random.Random, int, Sequence[int]], list[float]]
-"""Where wrong statements begin in a text, in tokens, from the text's tokens and those of every statement."""
+"""Computes where wrong statements start, in tokens, from the tokens of the text and of every statement."""
 TRIES = 20
-"""Draws until the wrong statements stand apart."""
+"""Maximum draws until the wrong statements are far enough apart."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def make(settings: SuiteSettings) -> Made:
         texts = [_woven(settings, plan, index) for index in range(settings.cases)]
         fitting = [woven for woven in texts if woven is not None]
         if len(fitting) < len(texts):
-            reason = f"what its context states leaves no room for ordinary text in {plan.length} tokens"
+            reason = f"the statements leave no space for ordinary text in {plan.length} tokens"
             left_out += [LeftOut(cell, reason) for cell, _ in plan.cells]
             continue
         cases += [case for index, woven in enumerate(fitting) for case in _cases(plan, index, woven)]
@@ -135,7 +135,7 @@ def _span_lengths(settings: SuiteSettings, length: int) -> tuple[list[Plan], lis
 
 
 def _distances(settings: SuiteSettings, length: int) -> tuple[Plan, list[LeftOut]]:
-    """A wrong statement at every distance in one context; what is right stands in front of them all."""
+    """One context with a wrong statement at every distance, after all right statements."""
     asked = {distance: Cell("sweeps", DISTANCE, length=length, distance=distance) for distance in DISTANCES}
     fitting = [distance for distance in DISTANCES if distance <= FARTHEST * length]
 
@@ -174,7 +174,7 @@ def _told(settings: SuiteSettings, name: str, length: int, count: int) -> tuple[
 
 
 def _spread(rng: random.Random, tokens: int, statements: Sequence[int]) -> list[float]:
-    """In any order, with as much text between one and the next as before the first and behind the last."""
+    """In any order, with equal amounts of text between them, before the first and after the last."""
     gap = (tokens - sum(statements)) / (len(statements) + 1)
     targets = [0.0] * len(statements)
     reached = gap
@@ -185,7 +185,7 @@ def _spread(rng: random.Random, tokens: int, statements: Sequence[int]) -> list[
 
 
 def _woven(settings: SuiteSettings, plan: Plan, index: int) -> Woven | None:
-    """The text; its first ranges are those of the wrong statements. None: there is no room to set them apart."""
+    """The text; its first ranges are those of the wrong statements. None: there is no space to separate them."""
     tokenizer, room = settings.tokenizer, room_for_text(settings.tokenizer, plan.length)
     *told, aside = plan.told[index]
     wrong = [token_count(tokenizer, plan.joint + one.bad) for one in told]
