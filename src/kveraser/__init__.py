@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from kveraser.errors import extras
+
+__version__ = metadata.version("kveraser")
 
 if TYPE_CHECKING:
     from kveraser.cache.editable import EditableCache
@@ -47,7 +49,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import kveraser` loads no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'kveraser' has no attribute {name!r}")
-    return getattr(import_module(f"kveraser.{_HOMES[name]}"), name)
+    with extras():
+        return getattr(import_module(f"kveraser.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class KVEraserError(Exception):
@@ -78,6 +79,32 @@ class SessionFileError(SessionError):
 
 class MeasurementError(KVEraserError):
     """What was measured contradicts what must hold of any measurement."""
+
+
+class MissingExtraError(KVEraserError, ImportError):
+    """A package of an extra is not installed."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'kveraser[{EXTRAS[package]}]'")
+
+
+EXTRAS = {
+    "typer": "cli", "rich": "cli", "pydantic": "cli", "gguf": "cli", "matplotlib": "plot", "yaml": "train",
+    "accelerate": "train", "datasets": "train", "pyarrow": "train", "fastapi": "serve", "uvicorn": "serve",
+    "prometheus_client": "serve", "regex": "serve",
+}  # fmt: skip
+"""The extra that installs each optional package."""
+
+
+@contextmanager
+def extras() -> Iterator[None]:
+    """Turn the import of a missing optional package inside into a MissingExtraError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise MissingExtraError(error.name) from error
 
 
 class InputError(KVEraserError):

@@ -27,7 +27,7 @@ from kveraser.cli.options import (
 )
 from kveraser.cli.serve import serve
 from kveraser.cli.train import data, train
-from kveraser.errors import InputError, KVEraserError, MethodError
+from kveraser.errors import InputError, KVEraserError, MethodError, extras
 
 if TYPE_CHECKING:
     from kveraser.model.backbone import Backbone
@@ -70,7 +70,8 @@ def run_app(commands: typer.Typer) -> None:
     An error of the user's ends in one line on stderr, exit code 2 for usage and 1 for failure.
     """
     try:
-        code = commands(standalone_mode=False)
+        with extras():
+            code = commands(standalone_mode=False)
     except MethodError as error:
         _fail(str(error), USAGE)
     except KVEraserError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kveraser.errors import InputError
+from kveraser.errors import InputError, extras
 from kveraser.files import replacing
 
 # Okabe and Ito's colours, told apart by colour-blind readers; a method has the same one everywhere.
@@ -50,7 +50,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> Pat
     Raises:
         InputError: it can't be written there.
     """
-    from matplotlib.figure import Figure
+    with extras():
+        from matplotlib.figure import Figure
 
     run = [row for row in rows if not row.get("missing")]
     figure = Figure(figsize=(8, 4.8), layout="constrained")

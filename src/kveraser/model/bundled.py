@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kveraser.errors import BackboneError
+from kveraser.errors import BackboneError, extras
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,9 +131,11 @@ def convert_gguf(source: Path, folder: Path, progress: Progress | None = None) -
         BackboneError: `source` is not a GGUF file, or not a Llama model with the SmolLM tokenizer.
         OSError: `folder` can't be written.
     """
-    from gguf import GGUFReader
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
+
+    with extras():
+        from gguf import GGUFReader
 
     report: Progress = progress or (lambda _description, _fraction: None)
     report("Reading the model file", 0.0)

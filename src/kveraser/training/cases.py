@@ -161,5 +161,5 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.ipc
         import pyarrow.json
     except ImportError as error:
-        raise InputError(f"{path} is an Arrow file, which needs `pip install kveraser[train]`") from error
+        raise InputError(f"{path} is an Arrow file, which needs pyarrow: pip install 'kveraser[train]'") from error
     return pyarrow

@@ -78,7 +78,7 @@ def _from_hub(source: str, column: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{source} is not a file, and hub datasets need `pip install kveraser[train]`") from error
+        raise InputError(f"{source} is not a file, and hub datasets need pip install 'kveraser[train]'") from error
     try:
         rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         for row in rows:
