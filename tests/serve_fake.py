@@ -19,7 +19,9 @@ from kveraser.measure.probes import Probe
 from kveraser.serve.app import Settings, create_app
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.errors import ContextOverflow, SessionBusy, UnknownSession, as_serve_error
-from kveraser.serve.exchange import (
+from kveraser.serve.service import Service
+from kveraser.serve.tools import CallReader
+from kveraser.serve.types import (
     Caches,
     Delta,
     Event,
@@ -33,8 +35,6 @@ from kveraser.serve.exchange import (
     TokenView,
     Turn,
 )
-from kveraser.serve.service import Service
-from kveraser.serve.tools import CallReader
 from kveraser.text.spans import selector_from_json
 
 MODEL = "fake"

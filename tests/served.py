@@ -14,10 +14,10 @@ from kveraser.model.backbone import Backbone
 from kveraser.model.decode import greedy
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Delta, Erasing, Event, Finished, Started, Turn
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.service import Service
+from kveraser.serve.types import Delta, Erasing, Event, Finished, Started, Turn
 from kveraser.text.template import ChatOptions
 from tests.tiny import tiny_backbone
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from kveraser.serve.embedded import TransformersEngine
-from kveraser.serve.exchange import Finished, Started, Turn
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.service import Service
+from kveraser.serve.types import Finished, Started, Turn
 from kveraser.text.template import ChatOptions
 from tests.serve.test_exactness import thinking, tool
 from tests.served import GREEDY, run, said, serving

@@ -12,8 +12,8 @@ import pytest
 
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.errors import Overloaded, UnknownSession
-from kveraser.serve.exchange import Erasing, Turn
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.serve.types import Erasing, Turn
 from tests.serve.test_tools import FIND, SEND
 from tests.serve_fake import MODEL, PIECES, RECEIPT, FakeService, client_of, http
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Erasing
+from kveraser.serve.types import Erasing
 from tests.serve_fake import MODEL, PIECES, FakeService, client_of
 
 pytestmark = pytest.mark.anyio

@@ -1,63 +1,75 @@
-"""The ledger: what was acknowledged is read back, and whatever is lost of it makes sessions gone, never older."""
+"""The ledger: acknowledged records are read back, and damage removes records or restores none that differ."""
 
 from __future__ import annotations
 
-import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kveraser.serve import ledger as module
 from kveraser.serve.errors import OutOfSpace, ServeError
-from kveraser.serve.ledger import Acknowledged, Ledger
+from kveraser.serve.ledger import CHECKPOINT_PAGES, Acknowledged, Ledger
+
+Records = dict[str, Acknowledged]
+
+PAGE = 4096
+LOG_HEADER, FRAME_HEADER = 32, 24
+"""Bytes of SQLite's write-ahead log: its own header, and the header of each page in it."""
 
 
 def record(id: str, revision: int, state: Any = "held") -> Acknowledged:
     return Acknowledged(id, "owner", state, revision, f"digest{revision}", 1.0, 9.0, 8.0, False, 40, 30, True)
 
 
-def written(folder: Path) -> tuple[Path, list[tuple[int, dict[str, Acknowledged]]]]:
-    """A ledger of several sessions, and what it said at each length that it had."""
-    path = folder / "ledger.jsonl"
+def log_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def written(path: Path) -> tuple[bytes, bytes, list[tuple[int, Records]]]:
+    """The files of a ledger of several sessions as a crash leaves them, and its records at each length of its log."""
     ledger = Ledger(path)
     states = [(0, dict(ledger.records))]
     for id, revision in [("a", 1), ("b", 1), ("a", 2), ("c", 1), ("b", 2), ("a", 3)]:
         ledger.append(record(id, revision))
-        states.append((path.stat().st_size, dict(ledger.records)))
+        states.append((log_of(path).stat().st_size, dict(ledger.records)))
     ledger.append(record("b", 2, "deleted"))
-    states.append((path.stat().st_size, dict(ledger.records)))
+    states.append((log_of(path).stat().st_size, dict(ledger.records)))
+    crashed = path.read_bytes(), log_of(path).read_bytes()
     ledger.close()
-    return path, states
+    return *crashed, states
 
 
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that open many ledgers: nothing waits for the disk, and files stay as they are written."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(Ledger, "_compact", lambda ledger: None)
+def reopened(path: Path, database: bytes, log: bytes = b"") -> Ledger:
+    path.write_bytes(database)
+    log_of(path).write_bytes(log)
+    return Ledger(path)
 
 
-def test_it_is_read_back_and_compacted(tmp_path: Path) -> None:
-    path, states = written(tmp_path)
-    size = path.stat().st_size
-    assert set(states[-1][1]) == {"a", "c"}
+def test_records_are_read_back_after_closing_and_after_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    database, log, states = written(path)
+    assert set(states[-1][1]) == {"a", "c"} and not log_of(path).exists()
+    assert path.stat().st_mode & 0o777 == 0o600
     for _ in range(2):
         ledger = Ledger(path)
-        assert ledger.records == states[-1][1]
+        assert ledger.records == states[-1][1] and list(ledger.records) == ["c", "a"]
         ledger.close()
-    assert path.stat().st_size < size
+    ledger = reopened(path, database, log)
+    assert ledger.records == states[-1][1]
+    ledger.close()
 
 
-def test_cut_at_any_byte_it_says_what_it_said_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, states = written(tmp_path)
-    quickly(monkeypatch)
-    content = path.read_bytes()
-    for length in range(len(content) + 1):
-        path.write_bytes(content[:length])
-        ledger = Ledger(path)
+def test_a_log_cut_at_any_byte_gives_the_records_of_that_moment(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    database, log, states = written(path)
+    frames = range(LOG_HEADER, len(log) + 1, FRAME_HEADER + PAGE)
+    lengths = {*range(0, len(log), 509), *frames, *(end - 1 for end in frames), *(end + 1 for end in frames)}
+    for length in sorted(lengths):
+        ledger = reopened(path, database, log[:length])
         assert ledger.records == [said for size, said in states if size <= length][-1]
         if length % 13 == 0:
-            # What comes next is whole, whatever was left of the torn line.
+            # A torn transaction does not damage the next one.
             ledger.append(record("d", 7))
             ledger.close()
             ledger = Ledger(path)
@@ -65,76 +77,101 @@ def test_cut_at_any_byte_it_says_what_it_said_then(tmp_path: Path, monkeypatch: 
         ledger.close()
 
 
-def test_damage_makes_what_lies_before_it_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, states = written(tmp_path)
-    content = path.read_bytes()
-    ends = [size for size, _ in states]
-    # The lines in which each session is recorded last; "b" is deleted in the last one, which is cut off here.
-    last = {"c": 4, "b": 5, "a": 6}
-    quickly(monkeypatch)
-    for place in range(ends[6] - 1):
-        damaged = bytearray(content[: ends[6]])
+def test_a_damaged_log_gives_the_records_before_the_damage(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    database, log, states = written(path)
+    # Bytes 24 to 31 of the header and of each frame are checksums; a change anywhere must end the log there.
+    for place in range(0, len(log), 499):
+        damaged = bytearray(log)
         damaged[place] ^= 4
-        path.write_bytes(bytes(damaged))
-        # Without its end a line takes the next one with it.
-        line = next(number for number, end in enumerate(ends) if place < end) + (content[place : place + 1] == b"\n")
-        ledger = Ledger(path)
-        for id, where in last.items():
-            if where > line:
-                assert ledger.records[id] == states[6][1][id], place
-            else:
-                assert id not in ledger.records or ledger.records[id].state == "gone", (place, id)
+        ledger = reopened(path, database, bytes(damaged))
+        assert ledger.records == [said for size, said in states if size <= place][-1]
         ledger.close()
 
 
-def test_a_missing_line_makes_what_lies_before_it_gone(tmp_path: Path) -> None:
-    path, _ = written(tmp_path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:2] + lines[3:5]))
-    ledger = Ledger(path)
-    assert {id: (found.state, found.revision) for id, found in ledger.records.items()} == {
-        "a": ("gone", 1), "c": ("held", 1), "b": ("held", 2),
-    }  # fmt: skip
-    ledger.close()
+def test_a_missing_page_of_the_log_gives_the_records_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    database, log, states = written(path)
+    for start in range(LOG_HEADER, len(log), FRAME_HEADER + PAGE):
+        ledger = reopened(path, database, log[:start] + log[start + FRAME_HEADER + PAGE :])
+        assert ledger.records == [said for size, said in states if size <= start][-1]
+        ledger.close()
 
 
-def test_a_full_disk_leaves_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "ledger.jsonl"
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_database_has_fewer_records_but_no_other_ones(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger"
+    _, _, states = written(path)
+    content = path.read_bytes()
+    # SQLite keeps its structure at the ends of a page, and records before its end.
+    places = [
+        *range(0, len(content), 61),
+        *(
+            place
+            for page in range(0, len(content), PAGE)
+            for place in (*range(page, page + 128, 3), *range(page + PAGE - 700, page + PAGE, 7))
+        ),
+    ]
+    read = 0
+    for place in places:
+        damaged = content[:place] + (bytes([content[place] ^ 4]) + content[place + 1 :]) * (damage == "flipped")
+        try:
+            ledger = reopened(path, damaged)
+        except ServeError:
+            continue
+        for id, found in ledger.records.items():
+            assert found == states[-1][1][id], place
+        read += ledger.records == states[-1][1]
+        ledger.append(record("d", 7))
+        assert ledger.records["d"] == record("d", 7)
+        ledger.close()
+    assert (read > 0) == (damage == "flipped")
+
+
+def test_a_full_disk_leaves_the_ledger_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
     ledger = Ledger(path)
     ledger.append(record("a", 1))
-
-    def torn(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", torn)
+    [pages] = ledger._database.execute("PRAGMA page_count").fetchone()
+    ledger._database.execute(f"PRAGMA max_page_count = {pages}")
+    added: Records = {}
     with pytest.raises(OutOfSpace):
-        ledger.append(record("a", 2))
-    monkeypatch.undo()
-    assert ledger.records == {"a": record("a", 1)}
-    ledger.append(record("b", 1))
+        for number in range(99):
+            ledger.append(record(f"b{number}", 1))
+            added[f"b{number}"] = record(f"b{number}", 1)
+    assert ledger.records == {"a": record("a", 1), **added}
+    ledger._database.execute(f"PRAGMA max_page_count = {pages + 9}")
+    ledger.append(record("c", 1))
     ledger.close()
     again = Ledger(path)
-    assert again.records == {"a": record("a", 1), "b": record("b", 1)}
+    assert again.records == {"a": record("a", 1), **added, "c": record("c", 1)}
     again.close()
 
 
-def test_it_stays_small_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "COMPACT_BYTES", 2000)
-    path = tmp_path / "ledger.jsonl"
+def test_the_ledger_stays_small_while_it_runs(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
     ledger = Ledger(path)
-    sizes = []
-    for revision in range(60):
+    for revision in range(3 * CHECKPOINT_PAGES):
         ledger.append(record("a", revision))
-        sizes.append(path.stat().st_size)
-    assert max(sizes) < 4000 and sizes != sorted(sizes)
+        assert path.stat().st_size + log_of(path).stat().st_size < 1.2 * CHECKPOINT_PAGES * PAGE
     ledger.close()
     again = Ledger(path)
-    assert again.records == {"a": record("a", 59)}
+    assert again.records == {"a": record("a", 3 * CHECKPOINT_PAGES - 1)}
     again.close()
+
+
+def test_every_record_is_synchronized_to_disk(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    full = 2
+    assert ledger._database.execute("PRAGMA synchronous").fetchone() == (full,)
+    assert ledger._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    ledger.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        ledger._database.execute("SELECT 1")
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
+    path = tmp_path / "ledger"
     ledger = Ledger(path)
     with pytest.raises(ServeError, match="other server"):
         Ledger(path)

@@ -12,10 +12,10 @@ import torch
 
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Turn
 from kveraser.serve.sampling import Sampler
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.service import Service
+from kveraser.serve.types import Turn
 from tests.serve.test_logs import written as written
 from tests.serve_fake import MODEL, FakeService, http
 from tests.served import backbone

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kveraser.serve.exchange import Finished, Happened, Started
 from kveraser.serve.metrics import Metrics
+from kveraser.serve.types import Finished, Happened, Started
 from tests.serve_fake import MODEL, FakeService, http
 
 

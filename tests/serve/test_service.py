@@ -23,11 +23,11 @@ from kveraser.serve.errors import (
     SessionGone,
     UnknownSession,
 )
-from kveraser.serve.exchange import Delta, SessionView, Started, Turn
 from kveraser.serve.history import common_prefix
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.service import Limits, Service
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.serve.types import Delta, SessionView, Started, Turn
 from kveraser.session.session import Session
 from kveraser.text import chat as chat_text
 from kveraser.text.spans import Message, Text, Transcript

@@ -17,9 +17,9 @@ import pytest
 from kveraser.errors import SessionFileError
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.errors import OutOfSpace, Overloaded, ServeError, SessionGone, UnknownSession
-from kveraser.serve.exchange import SessionView, Turn
+from kveraser.serve.secure_delete import secure_delete
 from kveraser.serve.service import Limits, Sampling, Service
-from kveraser.serve.shredding import shred
+from kveraser.serve.types import SessionView, Turn
 from tests.served import GREEDY, Clock, backbone, chat, conversation, run, said, serving, uncached, whole
 from tests.sessions import MESSAGES, TEXT
 
@@ -318,10 +318,11 @@ def test_a_ledger_cut_at_any_byte_brings_back_nothing_older(tmp_path: Path) -> N
             await written(service)
             await service.append("ada", made[1], text=" It rains.")
             await service.erase("ada", made[0], "noon", "mask", undoable=False)
+            await written(service)
+            shutil.copytree(tmp_path / "live", tmp_path / "crashed")
             return {id: (await seen(service, id), await asked(service, id)) for id in made}
 
     last = run(work())
-    ledger = (tmp_path / "live" / "ledger.jsonl").read_bytes()
     outcomes: dict[str, int] = {"back": 0, "gone": 0}
 
     async def check(folder: Path) -> None:
@@ -335,14 +336,17 @@ def test_a_ledger_cut_at_any_byte_brings_back_nothing_older(tmp_path: Path) -> N
                     assert (view, await asked(service, id)) == state
                     outcomes["back"] += 1
 
-    lines = [place + 1 for place, byte in enumerate(ledger) if byte == 10]
-    for length in {*range(0, len(ledger), 29), *lines, *(line - 1 for line in lines), len(ledger)}:
-        copy = tmp_path / "cut"
-        shutil.copytree(tmp_path / "live", copy)
-        (copy / "ledger.jsonl").write_bytes(ledger[:length])
-        run(check(copy))
-        shutil.rmtree(copy)
-    assert outcomes["back"] >= 2 and outcomes["gone"] > 20
+    page, header = 4096, 24
+    for kind, name in [("crashed", "ledger.sqlite3-wal"), ("live", "ledger.sqlite3")]:
+        ledger = (tmp_path / kind / name).read_bytes()
+        ends = range(32, len(ledger), page + header) if kind == "crashed" else range(page, len(ledger), page)
+        for length in {*range(0, len(ledger), 1999), *ends, *(end - 1 for end in ends), len(ledger)}:
+            copy = tmp_path / "cut"
+            shutil.copytree(tmp_path / kind, copy)
+            (copy / name).write_bytes(ledger[:length])
+            run(check(copy))
+            shutil.rmtree(copy)
+    assert outcomes["back"] >= 4 and outcomes["gone"] > 20
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "another"])
@@ -516,12 +520,12 @@ def test_what_was_erased_for_good_is_in_no_file(tmp_path: Path, monkeypatch: pyt
     run(test())
 
 
-def test_shredding_overwrites_before_it_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secure_delete_overwrites_a_file_before_deleting_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"secret" * 500_000)
     held = []
     original = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path: (held.append(path.read_bytes()), original(path)))
-    shred(path)
+    secure_delete(path)
     assert held == [bytes(3_000_000)] and not path.exists()
-    shred(path)
+    secure_delete(path)

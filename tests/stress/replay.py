@@ -15,9 +15,9 @@ from kveraser.errors import KVEraserError, MeasurementError
 from kveraser.model.backbone import Backbone
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Delta
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.service import Limits, Service
+from kveraser.serve.types import Delta
 from tests.stress.operations import LIKELY, Done, Operation, Said
 
 T = TypeVar("T")

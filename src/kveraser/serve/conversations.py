@@ -14,15 +14,15 @@ import numpy as np
 from kveraser.errors import ContextLengthError, KVEraserError
 from kveraser.measure.receipt import Receipt
 from kveraser.methods import make_method
-from kveraser.serve.background import Background
 from kveraser.serve.engine import Engine, Held, Sampling
 from kveraser.serve.entries import Entry, Measured, Source
 from kveraser.serve.errors import ContextOverflow, ServeError, SessionGone
-from kveraser.serve.exchange import Action, Delta, Erasing, Event, Finished, Happened, Started
 from kveraser.serve.history import SPAN_TOKENS, Reuse, Tokens, align, reuse, run_again
 from kveraser.serve.rendering import Reading
 from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.store import Store
+from kveraser.serve.tasks import Background
+from kveraser.serve.types import Action, Delta, Erasing, Event, Finished, Happened, Started
 from kveraser.session.erase import Change
 from kveraser.text.spans import Place, Span
 

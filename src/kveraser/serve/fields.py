@@ -19,7 +19,7 @@ from pydantic import (
 from kveraser.errors import KVEraserError
 from kveraser.methods import make_method
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Action, Erasing
+from kveraser.serve.types import Action, Erasing
 from kveraser.text.spans import selector_from_json
 
 WHOLE = 2**31 - 1

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from kveraser.serve.exchange import Erasing, Turn
 from kveraser.serve.fields import WHOLE, Hint, Ignored, KVEraserFields, Request, SamplingFields, ignored, only
 from kveraser.serve.messages import Messages, Tool, answered
 from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.serve.types import Erasing, Turn
 from kveraser.text.template import ChatOptions
 
 COMPLETION_TOKENS = 16

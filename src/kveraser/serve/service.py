@@ -15,12 +15,24 @@ from typing import Any
 
 from kveraser.errors import InputError, KVEraserError
 from kveraser.measure.probes import Probe
-from kveraser.serve.background import Background
 from kveraser.serve.conversations import Conversations
 from kveraser.serve.engine import Engine, Sampling, TokenLogprob
 from kveraser.serve.entries import Limits
 from kveraser.serve.errors import ContextOverflow, as_serve_error
-from kveraser.serve.exchange import (
+from kveraser.serve.history import SPAN_TOKENS
+from kveraser.serve.rendering import (
+    Reading,
+    read_messages,
+    read_prompt,
+)
+from kveraser.serve.response_template import TemplateReader
+from kveraser.serve.scheduler import Scheduler
+from kveraser.serve.sessions import Sessions, check_length
+from kveraser.serve.store import Store
+from kveraser.serve.tasks import Background
+from kveraser.serve.tool_results import ToolResultEdit
+from kveraser.serve.tools import CallReader, formats_of
+from kveraser.serve.types import (
     Action,
     Caches,
     Delta,
@@ -35,20 +47,8 @@ from kveraser.serve.exchange import (
     Started,
     TokenView,
     Turn,
+    method_cards,
 )
-from kveraser.serve.history import SPAN_TOKENS
-from kveraser.serve.rendering import (
-    Reading,
-    read_messages,
-    read_prompt,
-)
-from kveraser.serve.response_template import TemplateReader
-from kveraser.serve.scheduler import Scheduler
-from kveraser.serve.sessions import Sessions, check_length
-from kveraser.serve.store import Store
-from kveraser.serve.tool_results import ToolResultEdit
-from kveraser.serve.tools import CallReader, formats_of
-from kveraser.serve.views import method_cards
 from kveraser.text import chat
 from kveraser.text.template import ChatOptions, notices, special_notices
 

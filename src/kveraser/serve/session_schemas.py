@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import ProbeKind
 from kveraser.serve.engine import Sampling
-from kveraser.serve.exchange import Caches
 from kveraser.serve.fields import (
     WHOLE,
     Happening,
@@ -22,6 +21,7 @@ from kveraser.serve.fields import (
     budget_fits,
 )
 from kveraser.serve.messages import Messages, Tool, answered
+from kveraser.serve.types import Caches
 
 LONGEST_LIFE = 366 * 24 * 3600.0
 """Most seconds that a session is kept unused."""

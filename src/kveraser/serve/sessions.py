@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from kveraser.errors import InputError, SessionError
+import regex  # type: ignore[import-untyped]
+
+from kveraser.errors import InputError, SessionError, SpanError
 from kveraser.measure.probes import Probe
-from kveraser.serve.background import Background
 from kveraser.serve.conversations import ANSWER_TOKENS, Conversations
 from kveraser.serve.engine import Engine, Held, Sampling
 from kveraser.serve.entries import Entry, Undoable
 from kveraser.serve.errors import ContextOverflow, Overloaded, SessionBusy
-from kveraser.serve.exchange import (
+from kveraser.serve.rendering import (
+    Reading,
+    exchanged,
+)
+from kveraser.serve.scheduler import Scheduler
+from kveraser.serve.store import Store
+from kveraser.serve.tasks import Background
+from kveraser.serve.types import (
     Caches,
     Delta,
     Erasing,
@@ -24,18 +32,13 @@ from kveraser.serve.exchange import (
     SessionView,
     Started,
     TokenView,
+    message_views,
+    summary,
+    token_views,
 )
-from kveraser.serve.rendering import (
-    Reading,
-    exchanged,
-)
-from kveraser.serve.scheduler import Scheduler
-from kveraser.serve.selecting import read_selectors
-from kveraser.serve.store import Store
-from kveraser.serve.views import message_views, summary, token_views
 from kveraser.session.erase import Change
 from kveraser.text import chat
-from kveraser.text.spans import resolve
+from kveraser.text.spans import Pattern, Selector, Span, Transcript, resolve, selector_from_json
 from kveraser.text.template import ChatOptions
 from kveraser.text.tokenized import TokenizedText, tokenize
 
@@ -45,6 +48,59 @@ TOKEN_CHARACTERS = 128
 """No text has more characters a token."""
 SESSION_RETRY_SECONDS = 60.0
 """When to come back where a key has as many sessions as it may: others end by themselves only after hours."""
+PATTERN_SECONDS = 0.5
+"""How long a client's regular expression may look."""
+MOST_PATTERNS = 8
+"""In one request."""
+PATTERN_CHARACTERS = 1000
+"""Of a client's regular expression, at most."""
+
+
+@dataclass(frozen=True)
+class TimedPattern:
+    """A `Pattern` that gives up after a while: some expressions take for ever on some texts."""
+
+    pattern: str
+    occurrence: int | None
+
+    def resolve(self, transcript: Transcript) -> list[Span]:
+        """As `Pattern.resolve`; also SpanError for one that takes too long."""
+        try:
+            matches = regex.compile(self.pattern, regex.V0).finditer(
+                transcript.text, transcript.body_start, timeout=PATTERN_SECONDS
+            )
+            found = [match.span() for match in matches]
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise SpanError(f"the pattern {self.pattern!r} is not a regular expression: {error}") from error
+        except TimeoutError as error:
+            raise SpanError(f"the pattern {self.pattern!r} takes too long on this text: simplify it") from error
+        live = transcript.occurrences(found)
+        if not live:
+            raise SpanError(f"the pattern {self.pattern!r} matches nothing that is live: try it on the text")
+        if self.occurrence is None:
+            return [span for _, span in live]
+        if not 1 <= self.occurrence <= len(live):
+            raise SpanError(
+                f"the pattern {self.pattern!r} has no match {self.occurrence}: it matches {len(live)} times"
+            )
+        return [live[self.occurrence - 1][1]]
+
+
+def read_selectors(value: Any) -> list[Selector]:
+    """One selector as `selector_from_json` reads it, or a list of them; two whole numbers are a range of characters.
+
+    Raises:
+        SpanError: none of these forms, too many patterns, or one that is too long.
+    """
+    several = isinstance(value, list) and not (len(value) == 2 and all(type(bound) is int for bound in value))
+    selectors = [selector_from_json(one) for one in (value if several else [value])]
+    patterns = [one.pattern for one in selectors if isinstance(one, Pattern)]
+    longest = max(map(len, patterns), default=0)
+    if len(patterns) > MOST_PATTERNS:
+        raise SpanError(f"{len(patterns)} patterns at once: give {MOST_PATTERNS} at most, or join them with |")
+    if longest > PATTERN_CHARACTERS:
+        raise SpanError(f"a pattern has {longest} characters: give {PATTERN_CHARACTERS} at most")
+    return [TimedPattern(one.pattern, one.occurrence) if isinstance(one, Pattern) else one for one in selectors]
 
 
 class Sessions:

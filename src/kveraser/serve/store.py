@@ -22,7 +22,7 @@ from kveraser.serve.entries import Entry, Guard, Kind, Limits, Measured, Undoabl
 from kveraser.serve.errors import OutOfSpace, Overloaded, ServeError, SessionGone, UnknownSession
 from kveraser.serve.ledger import Acknowledged, Ledger
 from kveraser.serve.scheduler import Scheduler
-from kveraser.serve.shredding import shred
+from kveraser.serve.secure_delete import secure_delete
 
 SUFFIX = ".session"
 
@@ -58,7 +58,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise ServeError(f"the session folder {folder} can't be made ({error}): choose another") from error
-            self.ledger = Ledger(folder / "ledger.jsonl")
+            self.ledger = Ledger(folder / "ledger.sqlite3")
             self._bring_back(folder)
 
     def _bring_back(self, folder: Path) -> None:
@@ -81,7 +81,7 @@ class Store:
                 ),
             )  # fmt: skip
         for path in present.values():
-            shred(path)
+            secure_delete(path)
 
     def _bury(self, record: Acknowledged) -> None:
         """A session that was there and can't come back: its owner is told so for a while."""
@@ -148,10 +148,10 @@ class Store:
             finally:
                 # Whatever it holds was erased since or will be; and at no other revision may it come back.
                 if old is not None:
-                    await asyncio.to_thread(shred, old)
+                    await asyncio.to_thread(secure_delete, old)
             self.write_behind()
         elif old is not None:
-            await asyncio.to_thread(shred, old)
+            await asyncio.to_thread(secure_delete, old)
 
     async def _record(self, entry: Entry, state: Literal["held", "gone", "deleted"] = "held") -> None:
         if self.ledger is not None:
@@ -287,10 +287,10 @@ class Store:
             await self.scheduler.run(lambda: self.engine.save(held, path), always=True)
             size = path.stat().st_size
         except (KVEraserError, OSError):
-            await asyncio.to_thread(shred, path)
+            await asyncio.to_thread(secure_delete, path)
             return False
         if entry.saved is not None:
-            await asyncio.to_thread(shred, self._snapshot(entry, entry.saved))
+            await asyncio.to_thread(secure_delete, self._snapshot(entry, entry.saved))
         entry.saved, entry.snapshot_bytes, entry.changed_at = entry.revision, size, None
         return True
 
@@ -310,7 +310,7 @@ class Store:
             if gone:
                 self.gone[entry.id] = self._acknowledged(entry, "gone")
         if entry.saved is not None:
-            await asyncio.to_thread(shred, self._snapshot(entry, entry.saved))
+            await asyncio.to_thread(secure_delete, self._snapshot(entry, entry.saved))
         if held is not None:
             await self.scheduler.run(lambda: self.engine.drop(held, wipe), always=True)
 

@@ -24,7 +24,6 @@ from kveraser.serve.api.generation import (
 from kveraser.serve.api.models import check_model
 from kveraser.serve.api.routing import ANSWERING, Counted, Owner, Served, errors, router
 from kveraser.serve.engine import TokenLogprob
-from kveraser.serve.exchange import Delta, Finished, Happened, Started
 from kveraser.serve.messages import ToolCall
 from kveraser.serve.replies import (
     AppliedEdits,
@@ -39,6 +38,7 @@ from kveraser.serve.response_template import TemplateReader
 from kveraser.serve.schemas import ChatRequest
 from kveraser.serve.service import Service
 from kveraser.serve.tools import Call, CallReader
+from kveraser.serve.types import Delta, Finished, Happened, Started
 
 routes = router("OpenAI")
 

@@ -24,9 +24,9 @@ from kveraser.serve.api.generation import (
 from kveraser.serve.api.models import check_model
 from kveraser.serve.api.routing import ANSWERING, Counted, Owner, Served, errors, router
 from kveraser.serve.engine import TokenLogprob
-from kveraser.serve.exchange import Delta, Started
 from kveraser.serve.replies import CompletionChoice, CompletionLogprobs, CompletionReply
 from kveraser.serve.schemas import CompletionRequest
+from kveraser.serve.types import Delta, Started
 
 routes = router("OpenAI")
 

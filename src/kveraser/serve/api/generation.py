@@ -19,10 +19,10 @@ from starlette.types import Receive, Scope, Send
 from kveraser.errors import KVEraserError
 from kveraser.serve.engine import TokenLogprob
 from kveraser.serve.errors import ServeError, as_serve_error
-from kveraser.serve.exchange import Delta, Event, Finished, Happened, Started
 from kveraser.serve.fields import Happening, PromptTokensDetails, Usage
 from kveraser.serve.logs import error_fields, log
 from kveraser.serve.metrics import Metrics
+from kveraser.serve.types import Delta, Event, Finished, Happened, Started
 
 CLIENT_CLOSED = 499
 """Status in logs and metrics of a request whose client went away; nobody receives it."""

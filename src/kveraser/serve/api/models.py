@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from kveraser.serve.api.routing import READING, Owner, Served, errors, router
 from kveraser.serve.errors import UnknownModel
-from kveraser.serve.exchange import ModelCard
 from kveraser.serve.replies import ModelReply, ModelsReply
 from kveraser.serve.service import Service
+from kveraser.serve.types import ModelCard
 
 routes = router("OpenAI")
 

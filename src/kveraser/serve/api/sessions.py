@@ -21,7 +21,6 @@ from kveraser.serve.api.generation import (
 )
 from kveraser.serve.api.routing import ANSWERING, EDITING, READING, Counted, Owner, Served, errors, router
 from kveraser.serve.engine import TokenLogprob
-from kveraser.serve.exchange import Delta, SessionView, Started
 from kveraser.serve.session_schemas import (
     AnswerReply,
     AskRequest,
@@ -39,6 +38,7 @@ from kveraser.serve.session_schemas import (
     UndoRequest,
     ViewQuery,
 )
+from kveraser.serve.types import Delta, SessionView, Started
 
 routes = router("Sessions")
 

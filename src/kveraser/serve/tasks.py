@@ -1,4 +1,4 @@
-"""Work that runs to its end, whether or not somebody still waits for it."""
+"""Tasks that run to completion even if their caller is cancelled."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ T = TypeVar("T")
 
 
 class Background:
-    """The running tasks of a service; asyncio itself keeps none alive."""
+    """The background tasks of a service. It keeps references to them, which asyncio does not."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run something on its own."""
+        """Run a coroutine as a task."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def surely(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for something that goes on when the waiting is cancelled."""
+        """Wait for a coroutine that keeps running if the caller is cancelled."""
+        # anyio's shields do not protect from `Task.cancel`.
         task = self.start(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            # Nobody is there to hear what becomes of it.
+            # Retrieve the exception, or asyncio logs it.
             task.add_done_callback(lambda done: None if done.cancelled() else done.exception() and None)
             raise
 
     async def finish(self) -> None:
-        """Wait for everything that runs."""
+        """Wait until all tasks have ended."""
         while self._tasks:
-            # What went wrong is told to whoever waits for it; here all that counts is that it has ended.
+            # Errors are reported to the callers of `surely`.
             with suppress(Exception):
                 await next(iter(self._tasks))

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from kveraser.errors import SpanError
-from kveraser.serve import selecting
-from kveraser.serve.selecting import TimedPattern, read_selectors
+from kveraser.serve import sessions
+from kveraser.serve.sessions import TimedPattern, read_selectors
 from kveraser.text.spans import Characters, Pattern, Text, Transcript, resolve
 from tests.sessions import TEXT
 
@@ -49,7 +49,7 @@ def test_a_pattern_finds_what_the_librarys_does() -> None:
 
 
 def test_a_pattern_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selecting, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(sessions, "PATTERN_SECONDS", 0.05)
     with pytest.raises(SpanError, match="too long"):
         resolve(transcript("a" * 5000 + "b"), TimedPattern(r"(a|aa)+$", None))
     with pytest.raises(SpanError, match="not a regular expression"):

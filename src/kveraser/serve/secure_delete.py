@@ -1,4 +1,4 @@
-"""Deleting files so that what they held is not left on the disk."""
+"""Deletion of files with their contents overwritten."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 CHUNK = 1 << 20
 
 
-def shred(path: Path) -> None:
-    """Overwrite a file and delete it.
+def secure_delete(path: Path) -> None:
+    """Overwrite a file with zeros and delete it. A missing file is ignored.
 
-    Journaling file systems and flash may keep what was there: encrypt such disks.
+    Journaling file systems and flash storage may keep the old contents: encrypt such disks.
     """
     with suppress(OSError), open(path, "r+b", buffering=0) as file:
         left = os.fstat(file.fileno()).st_size

@@ -6,7 +6,7 @@ import pytest
 
 from kveraser.methods import METHODS
 from kveraser.serve.embedded import TransformersEngine
-from kveraser.serve.views import method_cards
+from kveraser.serve.types import method_cards
 from tests.served import METHOD, backbone, run, serving
 from tests.tiny import attach_random_eraser, tiny_backbone
 
