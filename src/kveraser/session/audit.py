@@ -91,4 +91,4 @@ def _position_gap(state: SessionState, references: References) -> EditableCache 
             filled.set_next_position(cache.next_position)
         return filled
 
-    return references.remember(("hole", cache.next_position, tuple(positions.tolist())), prefill)
+    return references.remember(("position gap", cache.next_position, tuple(positions.tolist())), prefill)
