@@ -212,6 +212,26 @@ def test_standard_input_is_a_context(run: Run, model: str, monkeypatch: pytest.M
     assert result["receipts"][0]["text"][0].strip() == SPAN
 
 
+def test_influence_lists_later_messages_and_tokens(run: Run, model: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(CONTEXT, "utf-8")
+    asked = "influence", "--context", str(tmp_path / "text.txt"), "--span", SPAN, "--model", model
+    result = read(run(*asked, "--json"))
+    assert result["kl"] > 0 and len(result["tokens"]) > 10 and result["messages"] == []
+    code, out, err = run(*asked)
+    assert code == 0 and "Most influenced tokens" in out and f"{result['kl']:.4f} nats per token" in err
+    chat = [
+        {"role": "user", "content": "The door code is 4412."},
+        {"role": "assistant", "content": "I noted the door code 4412."},
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(chat), "utf-8")
+    asked = "influence", "--context", str(tmp_path / "chat.json"), "--messages", "--message", "0", "--model", model
+    (row,) = read(run(*asked, "--json"))["messages"]
+    assert (row["message"], row["role"]) == (1, "assistant") and row["kl"] > 0
+    code, out, _ = run(*asked)
+    assert code == 0 and "assistant" in out
+    assert "say what to erase" in one_line(run(*asked[:4], "--model", model), cli.USAGE)
+
+
 def test_methods_lists_every_method_with_its_parameters(run: Run) -> None:
     rows = read(run("methods", "--json"))["rows"]
     assert [row["method"] for row in rows] == list(METHODS)

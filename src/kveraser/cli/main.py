@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from kveraser.cli.evaluate import evaluate
 from kveraser.cli.latency import latency
 from kveraser.cli.options import (
     DEFAULT_MODEL,
+    NO_ERASER,
     SHIPPED,
     Device,
     Dtype,
@@ -57,6 +59,8 @@ bench.command()(latency)
 NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
 
 NO_METHOD: tuple[None] = (None,)
+SHOWN_TOKENS = 20
+"""Tokens that `influence` lists of a text."""
 
 
 def main() -> None:
@@ -206,6 +210,48 @@ def erase(
         say(f"Erased: {text!r}")
     if save is not None:
         say(f"Saved: {save}")
+
+
+@app.command()
+def influence(
+    context: Annotated[str, typer.Option(help="File with the context, UTF-8; - for standard input.")],
+    span: Annotated[list[str] | None, typer.Option(help="Text whose influence to measure; several allowed.")] = None,
+    occurrence: Annotated[int | None, typer.Option(help="Which occurrence of the text, from 1.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="Regular expression: every match.")] = None,
+    message: Annotated[list[int] | None, typer.Option(help="Index of a message, from 0.")] = None,
+    tool_call: Annotated[list[str] | None, typer.Option(help="Id of a tool call whose result to take.")] = None,
+    messages: Annotated[bool, typer.Option("--messages", help="The context is a JSON list of chat messages.")] = False,
+    allow_special: Annotated[
+        bool, typer.Option("--allow-special", help="Special tokens in the context act; otherwise they are text.")
+    ] = False,
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_output: Json = False,
+) -> None:
+    """Measure how much a span changed each later message, or each later token of a text."""
+    selectors = _selectors(span, occurrence, pattern, message, tool_call, False)
+    document = _read(context)
+    conversation = _parse_messages(document, context) if messages else None
+    backbone = load_backbone(model, NO_ERASER, device, dtype)
+    session = _open(backbone, None if messages else document, conversation, allow_special)
+    with bar(total=1.0) as advance:
+        measured = session.influence(
+            selectors, progress=lambda done, total: advance(f"scoring {total} tokens", done / total)
+        )
+    if json_output:
+        emit(measured.to_json())
+        return
+    if messages:
+        print_rows(
+            "Messages", [asdict(one) for one in measured.messages], ["message", "role", "tokens", "change", "kl"]
+        )
+    else:
+        text, offsets = session.transcript.text, session.transcript.offsets
+        most = sorted(measured.tokens, key=lambda one: -one.kl)[:SHOWN_TOKENS]
+        rows = [{"token": text[slice(*offsets[one.token])], "change": one.change, "kl": one.kl} for one in most]
+        print_rows("Most influenced tokens", rows, ["token", "change", "kl"])
+    say(f"Mean over {len(measured.tokens)} later tokens: {measured.kl:.4f} nats per token")
 
 
 @app.command()
