@@ -1,9 +1,8 @@
-"""One decode step of several contexts in one forward pass: a row each, and every row attends to its own cache.
+"""Decode one token of several contexts in one forward pass, one row per context.
 
-The weights, which a step spends most of its time on, are read once for all rows. Keys and values are not brought
-together: each row's new ones are written into its own cache and its attention reads that cache alone. So nothing is
-copied or padded when a stream joins or leaves, contexts of any lengths go together, with or without holes between their
-positions, and no row can see another's. After B. Yu et al., Orca (OSDI 2022), who call it selective batching.
+A step spends most of its time reading weights, which are read once for all rows. Keys and values stay in the cache of
+each row, and attention runs per row. Contexts of any length, with or without position gaps, can be batched without
+padding or copies, and no row can read the cache of another. Source: selective batching, B. Yu et al., Orca (OSDI 2022).
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from kveraser.cache.layer import EditableLayer
 from kveraser.model.backbone import Backbone
 
 ROWS = "kveraser_rows_over_"
-"""In front of a model's own attention, the name of the one that runs it row by row."""
+"""Prefix of the name of the attention function that runs a model's own attention row by row."""
 
 
 class _RowsLayer(CacheLayerMixin):
-    """One layer of several caches; keys and values come back as lists, one tensor a row."""
+    """One layer of several caches. Keys and values are returned as lists with one tensor per row."""
 
     is_sliding = False
 
@@ -35,7 +34,7 @@ class _RowsLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The rows bring their own buffers."""
+        """Do nothing: the rows have their own buffers."""
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -57,18 +56,17 @@ class _RowsLayer(CacheLayerMixin):
 
 
 def step_together(backbone: Backbone, caches: Sequence[EditableCache], tokens: Sequence[int]) -> torch.Tensor:
-    """Append one token to each of several caches, at its next position, in one pass.
+    """Append one token to each of several caches, at its next position, in one forward pass.
 
     Args:
-        caches: of this backbone, each once.
-        tokens: one a cache.
+        caches: distinct caches of this backbone.
+        tokens: one per cache.
 
     Returns:
-        Logits, float32 `[caches, vocabulary]`: of each what `Backbone.logits` gives for it alone, up to rounding.
+        Logits, float32 `[caches, vocabulary]`, equal to those of `Backbone.logits` for each cache up to rounding.
 
     Raises:
-        ContextLengthError: a cache has no position left; nothing is computed then. After any exception all caches are
-            as they were.
+        ContextLengthError: a cache has no position left. After any exception all caches are unchanged.
     """
     for cache in caches:
         backbone.check_room(cache.next_position, 1)
@@ -88,9 +86,9 @@ def step_together(backbone: Backbone, caches: Sequence[EditableCache], tokens: S
 
 
 def can_step_together(backbone: Backbone) -> bool:
-    """Whether the backbone's steps agree with and without company: tried on two short caches.
+    """Whether batched steps of the backbone agree with single ones, tested on two short caches.
 
-    A model whose attention is its own code, not one that transformers calls by name, takes no rows.
+    Models whose attention is not in the attention registry of transformers are not supported.
     """
     if not _registered(backbone):
         return False
@@ -101,7 +99,7 @@ def can_step_together(backbone: Backbone) -> bool:
     try:
         together = step_together(backbone, caches, [7 % vocabulary] * 2)
     except Exception:
-        # Code that keys and values pass through on their way to the attention can fail on lists in any way.
+        # Model code between the cache and the attention can fail on lists with any exception.
         return False
     tolerance = 1e-3 if backbone.model.dtype == torch.float32 else 5e-2
     return float((together - alone).norm() / alone.norm()) < tolerance
@@ -114,13 +112,13 @@ def _registered(backbone: Backbone) -> bool:
 
 
 def _config(backbone: Backbone) -> Any:
-    """What the decoder's layers read their attention from."""
+    """The configuration that selects the attention of the decoder layers."""
     return backbone.model.config.get_text_config(decoder=True)
 
 
 @contextmanager
 def _row_by_row(backbone: Backbone) -> Iterator[None]:
-    """Inside, the model's attention takes rows. The backbone's lock is held: a pass of another thread waits."""
+    """Within the context the model's attention runs row by row. The caller must hold `backbone.lock`."""
     from transformers import AttentionInterface
 
     config = _config(backbone)
@@ -144,7 +142,7 @@ def _attend(
     attention_mask: None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The model's `own` attention for every row of `query` (`[rows, heads, 1, head_dim]`), all of its slots visible."""
+    """Run the attention `own` for every row of `query` (`[rows, heads, 1, head_dim]`), with all slots visible."""
     rows = [
         own(module, row, key, value, None, **options)[0]
         for row, key, value in zip(query.split(1), keys, values, strict=True)

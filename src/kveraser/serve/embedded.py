@@ -1,4 +1,4 @@
-"""The in-process engine: transformers runs the backbone, and a context is a session of the library."""
+"""The in-process engine: transformers runs the backbone, and each context is a session of the library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kveraser.text.tokenized import TokenizedText
 
 
 class _Answer:
-    """A stream: an answer of one context while it is decoded."""
+    """The stream of one context."""
 
     def __init__(self, held: HeldSession, sampling: Sampling) -> None:
         backbone = held.backbone
@@ -39,11 +39,11 @@ class _Answer:
         self.feed = held.transcript.tokens[held.pending_places(1)[0]]
         self.finish_reason: str | None = None
         self.closed = False
-        # Tokens whose text is not shown yet, with where it begins.
+        # Tokens whose text is not yet shown, with the offset of their text.
         self._waiting: list[tuple[TokenLogprob, int]] = []
 
     def advance(self, chosen: TokenLogprob) -> Step:
-        """Say a token."""
+        """Add a token to the answer."""
         if chosen.token in self.ends:
             return self._finish("stop", "")
         self._waiting.append((chosen, len(self.text.text.rstrip("\ufffd"))))
@@ -64,12 +64,12 @@ class _Answer:
         if not self.text.cut:
             return Step(shown, self._said(len(self._waiting)), reason)
         said = self._said(self._begun())
-        # What stands behind the beginning of a stop text was never said.
+        # Drop the tokens from the beginning of the stop text on.
         del self.tokens[len(self.tokens) - len(self._waiting) :]
         return Step(shown, said, reason)
 
     def _begun(self) -> int:
-        """Waiting tokens of which some text is shown."""
+        """Number of waiting tokens whose text is at least partly shown."""
         return sum(start < len(self.text.shown) for _, start in self._waiting)
 
     def _said(self, count: int) -> tuple[TokenLogprob, ...]:
@@ -79,11 +79,11 @@ class _Answer:
 
 
 class TransformersEngine:
-    """A backbone in this process. See `kveraser.serve.engine.Engine`, whose methods these are.
+    """An `Engine` that runs a backbone in this process. See `kveraser.serve.engine.Engine` for the methods.
 
     Args:
-        backbone: the model; while the engine is used, no other thread edits its contexts.
-        method: how spans are erased where a request names no method; None: see `default_method`.
+        backbone: the model. No other thread may edit the contexts of the engine.
+        method: the default erasing method; None: see `default_method`.
     """
 
     def __init__(self, backbone: Backbone, method: str | None = None) -> None:
@@ -96,11 +96,11 @@ class TransformersEngine:
         self._vocabulary: int = backbone.model.get_input_embeddings().num_embeddings
 
     def share_time(self, between: Callable[[], None], chunk: int) -> None:
-        """Audits and erases let others in, wherever they prefill, score or answer."""
+        """Set the callback that audits and erases call between their forward passes."""
         self._between, self._chunk = between, chunk
 
     def methods(self) -> list[str]:
-        """Those that serve this backbone, with the eraser that it has loaded."""
+        """Methods that support this backbone and its loaded eraser."""
         own = self.method or str(default_method(self.backbone))
         found = [own]
         for name in METHODS:
@@ -110,7 +110,7 @@ class TransformersEngine:
         return list(dict.fromkeys(found))
 
     def hold(self, text: TokenizedText) -> HeldSession:
-        """A new context; nothing is computed.
+        """Create a context; no tokens are run.
 
         Raises:
             ContextLengthError: more tokens than the backbone has positions.
@@ -124,7 +124,7 @@ class TransformersEngine:
         return held
 
     def append(self, held: Held, text: TokenizedText) -> None:
-        """As `hold` raises; the context is as before then."""
+        """Append pending text. Raises as `hold`, with the context unchanged."""
         self._check(text)
         _own(held).add(text)
 
@@ -136,25 +136,25 @@ class TransformersEngine:
             raise InputError(f"token {foreign[0]} is none of the {self._vocabulary} of {self.name}: give ids from 0 on")
 
     def prefill(self, held: Held, most: int) -> int:
-        """Returns how many tokens must still run before an answer can begin: 0 when only the last one is pending."""
+        """Returns the number of tokens to run before an answer can begin: 0 if only the last one is pending."""
         session = _own(held)
         session.run_pending(max(0, min(most, session.pending - 1)))
         return max(0, session.pending - 1)
 
     def truncate(self, held: Held, tokens: int) -> None:
-        """Undo steps go where what they would bring back is forgotten."""
+        """Undo steps that refer to removed tokens are removed."""
         _own(held).truncate(tokens)
 
     def edit(
         self, held: Held, changes: Sequence[Change], method: str | None, max_kl: float | None, undoable: bool
     ) -> Receipt:
-        """A budget without a method is one for `auto`."""
+        """`max_kl` without a method selects `auto`."""
         session = _own(held)
         if session.pending > 1:
             raise SessionError(f"{session.pending - 1} tokens wait to be run: prefill the context before an erase")
         chosen = method or ("auto" if max_kl is not None else self.method)
         if chosen == "auto":
-            # Its audits compare with all live tokens.
+            # The audits of `auto` compare all live tokens.
             session.run_pending(1)
         session.make_room(NOTICE_ROOM + sum(len(change.text.tokens) for change in changes if change.text is not None))
         with self.backbone.sharing(self._between, self._chunk):
@@ -165,39 +165,39 @@ class TransformersEngine:
         return receipt
 
     def undo(self, held: Held, steps: int) -> None:
-        """As `Session.undo`: erases, appends and kept answers, each a step."""
+        """See `Session.undo`. Erases, appends and kept answers are one step each."""
         _own(held).undo(steps)
 
     def forget_undo(self, held: Held, keep: int) -> None:
-        """Overwrites unused slots as well."""
+        """Also overwrites unused slots."""
         _own(held).forget_undo(keep)
 
     def fork(self, held: Held) -> HeldSession:
-        """Undo steps are copied too."""
+        """Copies undo steps, too."""
         return _own(held).fork()
 
     def exact_copy(self, held: Held) -> HeldSession:
-        """Nothing is computed; `prefill` does, in chunks. Its receipts are as they were."""
+        """No tokens are run here; `prefill` runs them in chunks."""
         return _own(held).exact_copy()
 
     def audit(self, held: Held, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None) -> Audit:
-        """As `Session.audit`."""
+        """See `Session.audit`."""
         session = _own(held)
         session.run_pending(session.pending)
         with self.backbone.sharing(self._between, self._chunk):
             return session.audit(probes, secrets=secrets)
 
     def begin(self, held: Held, sampling: Sampling) -> Stream:
-        """Where nothing is pending, the last token is run once more.
+        """If no token is pending, the last one is run again.
 
         Raises:
-            InputError: the sampling asks for what there is not.
+            InputError: the sampling settings are invalid.
             SessionError, ContextLengthError: more than the last token is pending; no position is left.
         """
         return _Answer(_own(held), sampling)
 
     def step(self, streams: Sequence[Stream]) -> list[Step]:
-        """After an exception no stream has moved."""
+        """After an exception no stream has advanced."""
         answers = [_open(stream) for stream in streams]
         ended = [answer for answer in answers if answer.finish_reason is not None]
         if ended:
@@ -221,7 +221,7 @@ class TransformersEngine:
         return [answer.advance(token) for answer, token in zip(answers, chosen, strict=True)]
 
     def finish(self, stream: Stream, keep: bool) -> None:
-        """A kept answer is an undo step. Its last token is pending; a second call does nothing."""
+        """A kept answer is an undo step, with its last token pending. A second call has no effect."""
         if isinstance(stream, _Answer) and stream.closed:
             return
         answer = _open(stream)
@@ -229,19 +229,19 @@ class TransformersEngine:
         answer.held.close_answer(answer.marks, answer.tokens, keep)
 
     def save(self, held: Held, path: Path) -> None:
-        """A session file of the library.
+        """Write a session file of the library.
 
         Raises:
-            SessionFileError: it can't be written; an earlier file is untouched then.
+            SessionFileError: it can't be written; an existing file is kept.
         """
         _own(held).save(path)
 
     def load(self, path: Path) -> HeldSession:
-        """Raises SessionFileError for what is missing, corrupt, or another model's."""
+        """Raises SessionFileError if the file is missing, corrupt, or from another model."""
         return HeldSession.load(path, self.backbone)
 
     def drop(self, held: Held, wipe: bool) -> None:
-        """The context can't be used any more.
+        """Free the context; it can't be used afterwards.
 
         Raises:
             SessionError: an answer is being decoded.

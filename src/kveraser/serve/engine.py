@@ -1,7 +1,7 @@
-"""What the server asks of an engine: hold contexts, prefill, erase, decode a step, snapshot, drop. Nothing else.
+"""The interface between the server and an engine that holds and computes contexts.
 
-Every call comes from one thread, the scheduler's, and is short: long work is cut into calls. In process an engine
-runs the backbone itself (`kveraser.serve.embedded`); another may drive a separate server behind the same calls.
+All calls come from the scheduler's thread and are short: long work is split into several calls.
+`kveraser.serve.embedded` runs the backbone in this process; another engine may drive a separate server.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Sampling:
     """How an answer is decoded. Greedy at temperature 0.
 
     Attributes:
-        max_tokens: most tokens of the answer; None: as many as the context has room for.
+        max_tokens: maximum length of the answer; None: limited only by the context.
         temperature, top_p: as in OpenAI's API.
-        frequency_penalty, presence_penalty: likewise, over the answer's own tokens.
-        seed: the same seed gives the same answer; None draws one.
-        stop: texts at which the answer ends; they are not part of it.
-        top_k, min_p, repetition_penalty: as in vLLM; 0, 0 and 1 do nothing. The penalty counts the prompt too.
-        ignore_eos: go on where the model would end.
-        show_special: special tokens are part of the answer's text.
-        logprobs: how many of the likeliest tokens to report at each place; None reports none, 0 the chosen one alone.
+        frequency_penalty, presence_penalty: as in OpenAI's API, over the answer's tokens.
+        seed: of the random numbers; None: a random seed.
+        stop: texts that end the answer and are not part of it.
+        top_k, min_p, repetition_penalty: as in vLLM; 0, 0 and 1 have no effect. The penalty includes the prompt.
+        ignore_eos: continue after an end-of-sequence token.
+        show_special: include special tokens in the answer's text.
+        logprobs: number of most likely tokens to report per position; 0: only the chosen one; None: no logprobs.
     """
 
     max_tokens: int | None = None
@@ -51,7 +51,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token with its log-probability in nats, and the likeliest ones at its place with theirs."""
+    """A token with its log-probability in nats, and the most likely tokens at its position."""
 
     token: int
     logprob: float
@@ -60,12 +60,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Step:
-    """What one decode step gave one stream.
+    """The output of one decode step for one stream.
 
     Attributes:
-        text: new text that can be shown: never half a character, never the beginning of a stop text.
-        tokens: chosen tokens whose text it is, with log-probabilities where the sampling asks for them.
-        finish_reason: `stop` or `length` with the last step, else None.
+        text: new text to show, without incomplete characters and without the beginning of a stop text.
+        tokens: the tokens of that text, with log-probabilities if the sampling requests them.
+        finish_reason: `stop` or `length` in the last step, else None.
     """
 
     text: str
@@ -74,39 +74,39 @@ class Step:
 
 
 class Held(Protocol):
-    """A context that an engine holds: what the server may read of it."""
+    """A context held by an engine, with the attributes that the server reads."""
 
     @property
     def transcript(self) -> Transcript:
-        """All text and tokens ever read or said, which of them are live, and where messages stand."""
+        """All text and tokens read or generated, which of them are live, and the message ranges."""
 
     @property
     def receipts(self) -> list[Receipt]:
-        """Of the erases so far."""
+        """The receipts of all erases."""
 
     @property
     def pending(self) -> int:
-        """Tokens at the end of the transcript that are not in the cache yet; the last one waits for `begin`."""
+        """Number of tokens at the end of the transcript that are not yet in the cache. `begin` runs the last one."""
 
     @property
     def exact(self) -> bool:
-        """Whether the cache equals a fresh prefill of the live tokens in it."""
+        """Whether the cache equals a fresh prefill of its live tokens."""
 
     @property
     def undo_steps(self) -> int:
-        """How many edits can be undone."""
+        """Number of edits that can be undone."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes: buffers whole, and what undo keeps."""
+        """Bytes of memory in use: whole buffers and undo states."""
 
 
 class Stream(Protocol):
-    """An answer that is being decoded from a context."""
+    """An answer while it is decoded from a context."""
 
     @property
     def held(self) -> Held:
-        """The context; it takes no other call until `finish`."""
+        """The context. No other call may use it until `finish`."""
 
     @property
     def tokens(self) -> Sequence[int]:
@@ -114,10 +114,10 @@ class Stream(Protocol):
 
 
 class Engine(Protocol):
-    """One model that holds many contexts.
+    """A model with many contexts.
 
-    All methods raise what the library raises (`SpanError`, `MethodError`, `ContextLengthError`, `SessionError`, ...)
-    and leave the context as it was then.
+    Methods raise the errors of the library (`SpanError`, `MethodError`, `ContextLengthError`, `SessionError`, ...) and
+    then leave the context unchanged.
     """
 
     name: str
@@ -126,28 +126,28 @@ class Engine(Protocol):
     bytes_per_token: int
     """Of keys and values."""
     spare_tokens: int
-    """What a context may have room for beside its tokens, at most."""
+    """Maximum number of spare slots in the buffers of a context."""
 
     def share_time(self, between: Callable[[], None], chunk: int) -> None:
-        """Call `between` between the passes of long works, which prefill in chunks of `chunk` tokens.
+        """Call `between` between the forward passes of long operations, which prefill in chunks of `chunk` tokens.
 
-        It may use other contexts than the work's, on the same thread.
+        `between` runs on the same thread and may use other contexts.
         """
 
     def methods(self) -> Sequence[str]:
-        """Methods that it can erase by; first the one that it takes where no method is named."""
+        """Names of the supported erasing methods, the default first."""
 
     def hold(self, text: TokenizedText) -> Held:
-        """A new context of `text`, all of it pending."""
+        """Create a context of `text` with all tokens pending."""
 
     def append(self, held: Held, text: TokenizedText) -> None:
-        """Add text to the end of a context; it is pending."""
+        """Append text to a context as pending tokens."""
 
     def prefill(self, held: Held, most: int) -> int:
-        """Run up to `most` pending tokens; the context's last token stays for `begin`. Returns how many are left."""
+        """Run up to `most` pending tokens, except the last one, and return how many remain."""
 
     def truncate(self, held: Held, tokens: int) -> None:
-        """Forget the transcript from token `tokens` on, as if it had never been read; undo steps behind it go too."""
+        """Remove all tokens from index `tokens` on from the transcript, and undo steps that refer to them."""
 
     def edit(
         self, held: Held, changes: Sequence[Change], method: str | None, max_kl: float | None, undoable: bool
@@ -156,40 +156,40 @@ class Engine(Protocol):
 
         Args:
             changes: in the order of the transcript.
-            method: as `Session.erase` takes it; None: the engine's default.
-            max_kl: the budget of `auto`, nats per token.
-            undoable: False overwrites the states that went, so that no buffer holds them.
+            method: see `Session.erase`; None: the engine's default.
+            max_kl: budget of `auto` in nats per token.
+            undoable: False overwrites the removed states in all buffers.
         """
 
     def undo(self, held: Held, steps: int) -> None:
-        """Take back the last edits; every bit is as it was."""
+        """Undo the last edits bit for bit."""
 
     def forget_undo(self, held: Held, keep: int) -> None:
-        """Keep only the last `keep` undo steps, and overwrite what the others held."""
+        """Keep only the last `keep` undo steps, and overwrite the states of the others."""
 
     def fork(self, held: Held) -> Held:
-        """An independent copy."""
+        """Make an independent copy."""
 
     def exact_copy(self, held: Held) -> Held:
-        """A context of the live tokens alone with the same transcript and receipts, all pending: made in idle time."""
+        """Create a context with the same transcript and receipts whose live tokens are all pending."""
 
     def audit(self, held: Held, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None) -> Audit:
-        """Measure what the erases achieved; see `Session.audit`."""
+        """Audit the erases; see `Session.audit`."""
 
     def begin(self, held: Held, sampling: Sampling) -> Stream:
-        """Start an answer; only the context's last token is pending, and goes in with the first step."""
+        """Start an answer. Only the last token may be pending; the first step runs it."""
 
     def step(self, streams: Sequence[Stream]) -> list[Step]:
-        """One token for every stream, in one pass where the contexts allow."""
+        """Decode one token of every stream, in one forward pass if possible."""
 
     def finish(self, stream: Stream, keep: bool) -> None:
-        """End a stream, finished or not. Kept, the answer's tokens are part of the context; else it is as before."""
+        """End a stream, complete or not. With `keep` its tokens stay in the context, else they are removed."""
 
     def save(self, held: Held, path: Path) -> None:
-        """Write a snapshot, atomically. What undo needs is not written."""
+        """Write a snapshot atomically, without undo states."""
 
     def load(self, path: Path) -> Held:
-        """Read a snapshot of `save`."""
+        """Load a snapshot written by `save`."""
 
     def drop(self, held: Held, wipe: bool) -> None:
-        """Let a context go; `wipe` overwrites its buffers first."""
+        """Free a context; `wipe` overwrites its buffers first."""

@@ -1,4 +1,4 @@
-"""One context of the server: what is known of it beside what the engine holds."""
+"""Records of the contexts that the server holds: metadata beside the cache of the engine."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from kveraser.serve.rendering import Reading
 Kind = Literal["session", "conversation"]
 
 Source = tuple[str, str]
-"""The session that a context is compared with, and how it differs."""
+"""Id of the session that a context is compared with, and the kind of comparison."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What contexts may take.
+    """Limits on contexts.
 
     Attributes:
         memory_bytes: of keys and values in memory.
-        disk_bytes: of snapshots; beyond it cached conversations go. Sessions go when they expire.
-        session_seconds, longest_session_seconds: after its last use a session expires; a client may
-            ask for another time, up to the longest.
-        conversation_seconds: the same for a cached conversation.
-        most_sessions, most_conversations: of one key.
-        undo_steps, undo_seconds: operations that can be undone, and for how long; then what they kept is overwritten.
-        snapshot_seconds: a session's snapshot is written at the latest so long after a change, idle or not.
-        busy_seconds: how soon a client should come back when all memory is in use.
+        disk_bytes: of snapshots; cached conversations are removed beyond it. Sessions are removed when they expire.
+        session_seconds, longest_session_seconds: time to live of a session after its last use, and the longest that a
+            client may request.
+        conversation_seconds: time to live of a cached conversation.
+        most_sessions, most_conversations: per API key.
+        undo_steps, undo_seconds: number of operations that can be undone, and for how long. Their states are then
+            overwritten.
+        snapshot_seconds: the longest time between a change and the snapshot of a session, idle or not.
+        busy_seconds: when a client should retry if all memory is in use.
     """
 
     memory_bytes: int = 4 << 30
@@ -51,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Undoable:
-    """An operation that can be undone: its steps of the engine, when it was, and whether a turn was open before."""
+    """An operation that can be undone: its undo steps in the engine, its time, and whether a turn was open before it."""
 
     steps: int
     at: float
@@ -60,13 +61,13 @@ class Undoable:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a context without asking the engine.
+    """Measurements of a context, available without the engine.
 
     Attributes:
         live: int32 `[live tokens]`.
-        exact_prefix: leading live tokens whose states equal a fresh prefill's.
+        exact_prefix: number of leading live tokens whose states equal those of a fresh prefill.
         undo_steps: of the engine.
-        kl: of the last erase's audit, if it had one: nats per token.
+        kl: from the audit of the last erase, in nats per token, or None.
         digest: of all tokens and which of them are live.
     """
 
@@ -82,31 +83,31 @@ class Measured:
 
 
 class Guard(asyncio.Lock):
-    """A lock that tells when it is free again."""
+    """A lock that calls `freed` on release."""
 
     def __init__(self, freed: Callable[[], None]) -> None:
         super().__init__()
         self._freed = freed
 
     def release(self) -> None:
-        """Free it."""
+        """Release the lock and call `freed`."""
         super().release()
         self._freed()
 
 
 @dataclass(eq=False)
 class Entry:
-    """A context. Whoever holds `lock` may use it; `streaming` while that is for an answer.
+    """A context. Use it only while holding `lock`; `streaming` is set while an answer is decoded.
 
     Attributes:
-        held: None while it lies on disk.
-        prompt: live tokens that the last request had, before its answer.
-        source: what it was made for, where that is a session; with the session it goes.
-        origin: id of the context that it was copied from.
-        reserved: bytes that a running request may still take.
-        copy_bytes: of the exact copy that is being made of it.
-        saved: the revision of the snapshot on disk.
-        changed_at: when the first change came that no snapshot has.
+        held: None while the context is on disk.
+        prompt: number of live tokens of the last request, without its answer.
+        source: session for whose comparison it was created, if any; removed together with it.
+        origin: id of the context that it is a copy of.
+        reserved: bytes that a running request may still allocate.
+        copy_bytes: of the exact copy that is being computed.
+        saved: revision of the snapshot on disk.
+        changed_at: time of the first change that is not in a snapshot.
     """
 
     id: str
@@ -143,7 +144,7 @@ class Entry:
 
 
 def measure(held: Held) -> Measured:
-    """Read a context; on the owner thread."""
+    """Measure a context. Call it on the scheduler's thread."""
     transcript = held.transcript
     tokens, live = np.array(transcript.tokens, dtype=np.int32), np.array(transcript.live, dtype=bool)
     kept = tokens[live]

@@ -1,4 +1,4 @@
-"""Every error that the server answers with: its HTTP status, and the type, code and field of OpenAI's error object."""
+"""Errors of the server, with their HTTP status and the fields of OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ServeError(KVEraserError):
     """A request can't be served.
 
     Args:
-        message: what was wrong, with the value, and what to do.
-        param: the request's field that was wrong.
-        code: what went wrong, for programs; None: the class's own.
-        retry_after: seconds after which the same request may be served.
+        message: the problem, with the wrong value, and how to fix it.
+        param: the wrong field of the request.
+        code: machine-readable name of the error; None: the default of the class.
+        retry_after: seconds after which the client should retry.
 
     Attributes:
         status: of the HTTP response.
@@ -56,7 +56,7 @@ class ServeError(KVEraserError):
 
 
 class InvalidRequest(ServeError):
-    """The request has the wrong form, or asks for what can't be done."""
+    """The request is malformed or asks for something impossible."""
 
     status, kind = 400, "invalid_request_error"
 
@@ -68,25 +68,25 @@ class ContextOverflow(InvalidRequest):
 
 
 class Unauthorized(ServeError):
-    """There is no valid API key."""
+    """The API key is missing or invalid."""
 
     status, kind, usual_code = 401, "authentication_error", "invalid_api_key"
 
 
 class NotFound(ServeError):
-    """There is nothing at this path."""
+    """The path does not exist."""
 
     status, kind, usual_code = 404, "not_found_error", "not_found"
 
 
 class WrongMethod(ServeError):
-    """There is something at this path, but not for this method."""
+    """The path does not support this HTTP method."""
 
     status, kind, usual_code = 405, "invalid_request_error", "method_not_allowed"
 
 
 class TooSlow(ServeError):
-    """The request's body did not come in time."""
+    """The request body was not received in time."""
 
     status, kind, usual_code = 408, "invalid_request_error", "request_timeout"
 
@@ -98,25 +98,25 @@ class UnknownModel(ServeError):
 
 
 class UnknownSession(ServeError):
-    """The key has no session of this id; whether another key has one is not told."""
+    """The API key has no session with this id. A session of another key is reported in the same way."""
 
     status, kind, usual_code = 404, "not_found_error", "session_not_found"
 
 
 class SessionBusy(ServeError):
-    """The session does something else just now, or can't do this in its present state."""
+    """The session is in use, or the operation is not possible in its current state."""
 
     status, kind, usual_code = 409, "conflict_error", "session_conflict"
 
 
 class SessionGone(ServeError):
-    """The session was there, but its last acknowledged state can't be brought back."""
+    """The session existed, but its last acknowledged state can't be restored."""
 
     status, kind, usual_code = 410, "not_found_error", "session_gone"
 
 
 class TooLarge(ServeError):
-    """The request's body is larger than the server reads."""
+    """The request body exceeds the size limit."""
 
     status, kind, usual_code = 413, "invalid_request_error", "request_too_large"
 
@@ -128,7 +128,7 @@ class NotJson(ServeError):
 
 
 class Overloaded(ServeError):
-    """Too many requests, of this key or in all; `retry_after` says when to come back."""
+    """Too many requests, from this key or in total."""
 
     status, kind, usual_code = 429, "rate_limit_error", "rate_limit_exceeded"
 
@@ -140,7 +140,7 @@ class OutOfSpace(ServeError):
 
 
 def as_serve_error(error: KVEraserError) -> ServeError:
-    """What a library error means to a client; errors that no input should cause are the server's own, status 500."""
+    """Convert a library error to an HTTP error; errors that no input should cause get status 500."""
     if isinstance(error, ServeError):
         return error
     if isinstance(error, ContextLengthError):

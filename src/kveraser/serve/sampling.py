@@ -1,6 +1,6 @@
-"""From logits to a token, as OpenAI's API describes it: penalties, temperature, top_p; seeded, one row at a time.
+"""Token sampling with the settings of OpenAI's and vLLM's APIs.
 
-Every stream samples alone, from its own random numbers, so that no other stream changes what it says.
+Every stream has its own random generator, so its answer does not depend on other streams.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kveraser.errors import BackboneError, InputError
 from kveraser.serve.engine import Sampling, TokenLogprob
 
 GREEDY_BELOW = 1e-5
-"""Lower temperatures are greedy: dividing by them leaves float32."""
+"""Decoding is greedy below this temperature: division by it would overflow float32."""
 
 MOST_LOGPROBS = 20
 
@@ -28,14 +28,14 @@ RANGES = {
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
 }
-"""Of OpenAI's API, and of vLLM's."""
+"""Allowed values, as in OpenAI's and vLLM's APIs."""
 
 
 def check(sampling: Sampling) -> None:
-    """Refuse what can't be sampled by.
+    """Validate sampling settings.
 
     Raises:
-        InputError: naming the setting and its value.
+        InputError: a setting is out of range.
     """
     for name, (low, high) in RANGES.items():
         value = getattr(sampling, name)
@@ -56,10 +56,10 @@ def check(sampling: Sampling) -> None:
 
 
 class Sampler:
-    """Chooses the tokens of one answer.
+    """Samples the tokens of one answer.
 
     Args:
-        prompt: tokens that the repetition penalty counts beside the answer's own.
+        prompt: tokens that the repetition penalty includes, in addition to the answer's.
 
     Raises:
         InputError: see `check`.
@@ -78,13 +78,13 @@ class Sampler:
         self._warpers = _warpers(sampling)
 
     def choose(self, logits: torch.Tensor) -> TokenLogprob:
-        """The next token, with the model's own log-probabilities: before penalties, temperature and top_p.
+        """Sample the next token. Log-probabilities are those before penalties, temperature and filters.
 
         Args:
             logits: float32 `[vocabulary]`, on the CPU.
 
         Raises:
-            BackboneError: the logits are no numbers; nothing is chosen then.
+            BackboneError: some logits are NaN.
         """
         if bool(logits.isnan().any()):
             raise BackboneError("the model's logits are not numbers: load it in another dtype, such as float32")
@@ -102,7 +102,7 @@ class Sampler:
         return TokenLogprob(token, float(logprobs[token]), top)
 
     def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
-        """Minus, for every token said, the presence penalty and as many frequency penalties as it was said."""
+        """Apply the repetition, frequency and presence penalties."""
         repetition = self.sampling.repetition_penalty
         if repetition != 1 and (seen := self._seen | self._counts.keys()):
             places = torch.tensor(sorted(token for token in seen if token < logits.numel()))

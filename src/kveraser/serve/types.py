@@ -1,4 +1,4 @@
-"""What the API hands to the service, and what comes back: plain values, checked before they are made."""
+"""Requests, events and views that the API and the service exchange. All are plain validated values."""
 
 from __future__ import annotations
 
@@ -14,40 +14,35 @@ from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.text.spans import Transcript
 from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
 
-Action = Literal["prefill", "append", "erase", "edit", "recompute", "prefix"]
+Action = Literal["prefill", "append", "erase", "recompute", "prefix"]
 Caches = Literal["edited", "unerased", "exact"]
 
 
 @dataclass(frozen=True)
 class Erasing:
-    """How removed parts of a history are erased.
+    """How parts removed from a history are erased.
 
     Attributes:
-        method: as `Session.erase` takes it; `recompute` asks for an exact answer; None: the server's own choice.
-        max_kl: budget in nats per answer token, with method None or `auto`: the cheapest method within it.
-        now_then_exact: answer from the edited cache now, and put an exact one in its place in idle time.
+        method: see `Session.erase`; `recompute` requests an exact answer; None: the server's default.
+        max_kl: budget in nats per answer token, for method None or `auto`: the cheapest method within it is used.
+        now_then_exact: answer from the edited cache, and replace it with an exact one in idle time.
     """
 
     method: str | None = None
     max_kl: float | None = None
     now_then_exact: bool = False
 
-    @property
-    def allows_approximate(self) -> bool:
-        """Whether the client chose how to edit, and so allows answers that are not exact."""
-        return self.method is not None or self.max_kl is not None or self.now_then_exact
-
 
 @dataclass(frozen=True)
 class Turn:
-    """One request for an answer: either messages or a prompt.
+    """A request for an answer, with either messages or a prompt.
 
     Attributes:
-        messages: a conversation in the OpenAI format.
-        prompt: a text, or token ids.
-        options: tools and further variables for the chat template.
-        context_management: tool results to clear before the model sees the conversation.
-        warnings: what of the request has no effect.
+        messages: a conversation in OpenAI's format.
+        prompt: text or token ids.
+        options: tools and other variables of the chat template.
+        context_management: tool results to clear before the model reads the conversation.
+        warnings: parts of the request that have no effect.
     """
 
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -61,23 +56,22 @@ class Turn:
 
 @dataclass(frozen=True)
 class Happened:
-    """What a request did to the cache that answered it.
+    """The cache operations of a request.
 
     Attributes:
-        action: `prefill`: nothing cached was used; `append`: what was cached is used, and text added; `erase`: spans
-            were erased from what was cached; `edit`: text was replaced or inserted in it; `recompute`: everything from
-            the first difference on was run, though some of it had been cached; `prefix`: the common prefix was used,
-            and nothing after it had been cached.
+        action: `prefill`: no cached tokens were used; `append`: all cached tokens were used and text was added;
+            `erase`: spans were erased from the cache; `edit`: text was replaced or inserted in it; `recompute`: cached
+            tokens after the first difference were run again; `prefix`: a common prefix was used, and no tokens after
+            it had been cached.
         context: id of the cached context.
         erased_tokens: tokens erased from the cache for this request.
-        recomputed_tokens: tokens that the cache had held and that were run again, by the method or from the first
-            difference on.
-        prefilled_tokens: tokens run for the first time.
-        exact: whether the cache that answered equals a fresh prefill of its live tokens.
-        receipts: of this request's erases.
-        applied_edits: of the request's context management, as Anthropic reports them.
-        exact_pending: whether an exact cache is being made in idle time.
-        warnings: what of the request had no effect, and special tokens in messages.
+        recomputed_tokens: cached tokens that were run again, by the method or after the first difference.
+        prefilled_tokens: tokens that were run for the first time.
+        exact: whether the cache equals a fresh prefill of its live tokens.
+        receipts: of the erases of this request.
+        applied_edits: of the context management, in Anthropic's format.
+        exact_pending: whether an exact cache is being computed in idle time.
+        warnings: parts of the request without effect, and special tokens in messages.
     """
 
     action: Action
@@ -94,7 +88,7 @@ class Happened:
 
 @dataclass(frozen=True)
 class Started:
-    """The cache is ready, the answer begins. `cached_tokens` of the `prompt_tokens` were taken from the cache."""
+    """The prompt has been processed. `cached_tokens` of its `prompt_tokens` came from the cache."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -103,7 +97,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of the answer."""
+    """A part of the answer."""
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
@@ -123,7 +117,7 @@ Event = Started | Delta | Finished
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model that the server has; `created` in seconds since 1970, `context_length` in tokens, None: no limit."""
+    """A served model; `created` in seconds since 1970, `context_length` in tokens, None: no limit."""
 
     id: str
     created: int
@@ -132,14 +126,14 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class MethodCard:
-    """A method that the engine can erase by.
+    """An erasing method that the engine supports.
 
     Attributes:
-        name: as `erase` takes it.
-        exact: it runs all that follows the span again.
-        removes_text: False where the erased text stays in the cache and is only taken back.
-        parameters: those that are numbers, with their values where none is given; None: the method chooses.
-        default: what erases where no method is named.
+        name: for `erase`.
+        exact: whether all tokens after the span are run again.
+        removes_text: False if the erased text stays in the cache and is only retracted.
+        parameters: the numeric ones, with their default values; None: the method chooses.
+        default: whether it is used when a request names no method.
     """
 
     name: str
@@ -154,7 +148,7 @@ class MethodCard:
 
 @dataclass(frozen=True)
 class MessageView:
-    """A message of a session: its place, size in characters, text if contents were asked for, whether any is live."""
+    """A message of a session; `text` only if contents were requested, `live` if any of its tokens is live."""
 
     index: int
     role: str
@@ -168,10 +162,10 @@ class TokenView:
     """A token of a session, for display.
 
     Attributes:
-        text: what it adds to the text.
-        message: in which it stands.
-        start, end: its characters, counted as spans count them; below 0 is what a template puts in front.
-        content: it stands in what a message says, or in a text, and not in what the template writes around them.
+        text: the characters that it adds.
+        message: index of the message that contains it.
+        start, end: character offsets, as in spans; negative in text that the template adds at the start.
+        content: whether it belongs to the content of a message or text, not to the template.
     """
 
     text: str
@@ -184,16 +178,16 @@ class TokenView:
 
 @dataclass(frozen=True)
 class SessionView:
-    """What a session is. Times in seconds since 1970; in a list, `messages` and `receipts` are empty.
+    """The state of a session. Times in seconds since 1970; in a list, `messages` and `receipts` are empty.
 
     Attributes:
-        text: the live text, if contents were asked for.
-        tokens, live_tokens: tokens ever read or said, and those not erased.
+        text: the live text, if contents were requested.
+        tokens, live_tokens: all tokens read or generated, and those not erased.
         exact: whether the cache equals a fresh prefill of the live tokens.
         undo_steps: operations that can be undone.
-        bytes: of keys and values in memory; 0 while the session lies on disk.
-        revision: grows with every change.
-        warnings: what of the request that made this view had no effect, and special tokens in it.
+        bytes: of keys and values in memory; 0 while the session is on disk.
+        revision: increases with every change.
+        warnings: parts of the request without effect, and special tokens in it.
     """
 
     id: str
@@ -217,7 +211,7 @@ def summary(
     text: str | None = None,
     receipts: tuple[dict[str, Any], ...] = (),
 ) -> SessionView:
-    """A session as far as is known without asking the engine, and what the engine said."""
+    """A view of a session from its entry, with the parts that only the engine knows as arguments."""
     measured = entry.measured
     return SessionView(
         id=entry.id, created=entry.created, expires=entry.expires, messages=messages, text=text,
@@ -227,7 +221,7 @@ def summary(
 
 
 def message_views(transcript: Transcript, contents: bool) -> tuple[MessageView, ...]:
-    """The messages; texts with `contents` alone. A message without a content of its own is shown as its turn."""
+    """Views of the messages; texts only with `contents`. A message without content is shown as its whole turn."""
     views = []
     for index, message in enumerate(transcript.messages):
         start, end = message.content_start, message.content_end
@@ -243,9 +237,9 @@ def message_views(transcript: Transcript, contents: bool) -> tuple[MessageView, 
 
 
 def method_cards(names: Sequence[str]) -> list[MethodCard]:
-    """What there is to know of the methods named, the first of which is taken where a request names none."""
+    """Descriptions of the methods; the first name is the default."""
     cards: dict[str, MethodCard] = {}
-    # `auto` is a choice among them.
+    # `auto` chooses among the others.
     for method in (make_method(name) for name in names if name != "auto"):
         kinds = get_type_hints(type(method))
         numbers = {
@@ -263,7 +257,7 @@ def method_cards(names: Sequence[str]) -> list[MethodCard]:
 
 
 def token_views(transcript: Transcript) -> list[TokenView]:
-    """All tokens, each with the text that it adds."""
+    """Views of all tokens."""
     views, reached, base = [], 0, transcript.body_start
     starts = [message.start for message in transcript.messages]
     for (start, end), live in zip(transcript.offsets, transcript.live, strict=True):
@@ -274,7 +268,7 @@ def token_views(transcript: Transcript) -> list[TokenView]:
         first, last = (base, len(transcript.text)) if not starts else (0, 0)
         if message is not None:
             first, last = message.content_start, message.content_end
-        # Several tokens may share a character: the first shows it.
+        # Several tokens may share a character; the first one shows it.
         shown = transcript.text[max(start, reached) : end]
         place = None if message is None else index
         views.append(TokenView(shown, live, place, start - base, end - base, first < end and start < last))
