@@ -52,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Undoable:
-    """An operation that can be undone: its undo steps in the engine, its time, and whether a turn was open before it."""
+    """An operation that can be undone: its number of engine steps, its time, and whether a turn was open before it."""
 
     steps: int
     at: float

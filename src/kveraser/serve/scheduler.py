@@ -1,8 +1,8 @@
-"""The engine's owner thread: it takes turns between requests, so that all get on and none waits for a whole other one.
+"""Round-robin scheduling on the thread that owns the engine: no request blocks another for its full duration.
 
-A turn is what was asked for between turns (for a short while), a chunk of one prefill, and one decode step of all
-running streams together. A long work, such as an audit, lets the others have their turn between two of its passes.
-Requests talk to it from asyncio; nothing else may touch the engine.
+A turn consists of waiting short calls (up to a time limit), a chunk of one prefill, and one decode step of all running
+streams. Long calls, such as audits, give turns to others between their forward passes. Requests use the scheduler from
+asyncio; nothing else may call the engine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from kveraser.serve.errors import Overloaded
 T = TypeVar("T")
 
 WORK_SECONDS = 0.05
-"""How long short works may keep running streams waiting; at least one runs every turn."""
+"""Time limit for calls in a turn; at least one runs in every turn."""
 
 SMOOTHING = 0.1
-"""The weight of the last turn in the mean by which clients are told when to come back."""
+"""Weight of the last turn in the running mean of turn durations, from which retry times are computed."""
 
 
 class _Reply:
-    """A future of asyncio that the owner thread answers; an answer nobody waits for any more is dropped."""
+    """An asyncio future that the owner thread completes. Results of cancelled futures are dropped."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -40,7 +40,7 @@ class _Reply:
         self._settle(lambda: self.future.set_result(value))
 
     def fail(self, error: BaseException) -> None:
-        # A future takes no StopIteration, and its caller would wait for ever.
+        # Futures reject StopIteration, and the caller would wait forever.
         told = RuntimeError("the work raised StopIteration") if isinstance(error, StopIteration) else error
         self._settle(lambda: self.future.set_exception(told))
 
@@ -49,7 +49,7 @@ class _Reply:
             if not self.future.done():
                 settle()
 
-        # The loop may be closed: its requests are gone then.
+        # The loop may be closed, and its requests with it.
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(once)
 
@@ -69,7 +69,7 @@ class _Prefill:
 
 @dataclass(eq=False)
 class _Answer:
-    """A decode request: first it waits, then it is a stream; `ended` is answered when the context is free again."""
+    """A decode request. It waits, then becomes a stream; `ended` completes when the context is free again."""
 
     held: Held
     sampling: Sampling
@@ -85,15 +85,15 @@ class _Answer:
 
 
 class Scheduler:
-    """One owner thread over an engine. Made and closed anywhere; the other methods are called from asyncio.
+    """The thread that owns an engine. Any thread may create and close it; call other methods from asyncio.
 
     Args:
-        chunk: most tokens of a prefill that run in one turn.
-        most_streams: answers that are decoded at once; further ones wait.
-        most_waiting: jobs that may wait; further ones are refused.
+        chunk: maximum prefill tokens per turn.
+        most_streams: maximum answers that are decoded at once; others wait.
+        most_waiting: maximum waiting jobs; others are refused.
 
     Attributes:
-        turn_seconds: a running mean of how long a turn takes.
+        turn_seconds: running mean of the duration of a turn.
     """
 
     def __init__(self, engine: Engine, *, chunk: int = 128, most_streams: int = 32, most_waiting: int = 64) -> None:
@@ -115,22 +115,21 @@ class Scheduler:
 
     @property
     def streams(self) -> int:
-        """Answers that are being decoded."""
+        """Number of answers that are being decoded."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for their turn: works, prefills, and answers that have not begun."""
+        """Number of waiting jobs: calls, prefills, and answers that have not begun."""
         return len(self._works) + len(self._prefills) + len(self._answers)
 
     async def run(self, work: Callable[[], T], *, always: bool = False) -> T:
-        """Run `work` on the owner thread between turns and return what it returns; exceptions come back.
+        """Run `work` on the owner thread between turns; returns its result or raises its exception.
 
-        Cancelled before it begins, it never runs; once begun it runs to its end.
+        If cancelled before it begins, it never runs; once begun it runs to its end.
 
         Args:
-            always: what ends a request, such as letting its context go: never refused for too many waiting, and run
-                even when the caller is cancelled.
+            always: never refuse it for too many waiting jobs, and run it even if the caller is cancelled; for cleanup.
 
         Raises:
             Overloaded: too many jobs wait, or the scheduler is closed.
@@ -145,9 +144,9 @@ class Scheduler:
                 self._leave(self._works, job)
 
     async def prefill(self, held: Held) -> None:
-        """Run a context's pending tokens, all but the last, in chunks that take turns with everything else.
+        """Run a context's pending tokens except the last one, one chunk per turn.
 
-        Cancelled, it stops after the chunk that runs; the context keeps what ran.
+        If cancelled, it stops after the current chunk; the context keeps the tokens that were run.
 
         Raises:
             Overloaded: too many jobs wait, or the scheduler is closed.
@@ -161,10 +160,10 @@ class Scheduler:
             self._leave(self._prefills, job)
 
     async def decode(self, held: Held, sampling: Sampling, keep: bool) -> AsyncGenerator[Step, None]:
-        """Decode an answer, a step at a time. Closing or cancelling it ends the answer there.
+        """Decode an answer step by step. Closing or cancelling the generator ends the answer.
 
-        However it ends, the context is free when this returns or raises: kept, the answer's tokens are part of it,
-        those so far when it was closed early; after an error it is as before.
+        The context is free when this returns or raises. With `keep` the tokens decoded so far stay in the context;
+        after an error the context is unchanged.
 
         Raises:
             Overloaded: too many jobs wait, or the scheduler is closed.
@@ -182,20 +181,20 @@ class Scheduler:
         finally:
             answer.cancelled = True
             if not self._leave(self._answers, answer):
-                # The caller may use the context next: a cancelled one still waits for the step that runs.
+                # The caller may use the context next, so wait for the current step even if cancelled.
                 await _surely(answer.ended.future)
 
     def when_idle(self, work: Callable[[], bool]) -> None:
-        """Call `work` on the owner thread while nothing else waits or runs, again and again as long as it returns True.
+        """Call `work` on the owner thread whenever it is idle, until it returns False.
 
-        Several take turns. One that raises is dropped, which is logged. Any thread may call this.
+        Several take turns. One that raises is logged and dropped. Any thread may call this.
         """
         with self._changed:
             self._idle.append(work)
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop after the turn that runs: streams are ended as if they were cancelled, everything else is refused."""
+        """Stop after the current turn. Streams end as if cancelled, and waiting jobs are refused."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -217,7 +216,7 @@ class Scheduler:
             self._changed.notify()
 
     def _leave(self, queue: deque[Any], job: Any) -> bool:
-        """Take a job back that nobody waits for any more; False: its turn has come already."""
+        """Remove a waiting job. Returns False if it has already begun."""
         with self._changed:
             if waits := job in queue:
                 queue.remove(job)
@@ -231,7 +230,7 @@ class Scheduler:
         self._refuse_all()
 
     def _next(self) -> Callable[[], None] | None:
-        """Wait until there is something to do, and say what; None: the scheduler is closed."""
+        """Wait for the next action; None: the scheduler is closed."""
         with self._changed:
             while True:
                 if self._closing:
@@ -243,7 +242,7 @@ class Scheduler:
                 self._changed.wait()
 
     def _take(self, queue: deque[T]) -> T | None:
-        """The next job of a queue, which its caller can't take back any more."""
+        """Take the next job of a queue; its caller can't cancel it afterwards."""
         with self._changed:
             return queue.popleft() if queue else None
 
@@ -255,7 +254,7 @@ class Scheduler:
         self.turn_seconds += SMOOTHING * (time.monotonic() - started - self.turn_seconds)
 
     def _share(self) -> None:
-        """A turn of all others, between two passes of a work. Contexts that works use have no jobs of their own."""
+        """Run a turn of other jobs between two forward passes of a call, whose contexts have no other jobs."""
         if not self._advancing and threading.current_thread() is self._thread:
             self._end_cancelled()
             self._advance()
@@ -265,7 +264,7 @@ class Scheduler:
             self._end(answer)
 
     def _advance(self) -> None:
-        """A chunk of a prefill, and a step of all streams."""
+        """Run a chunk of a prefill and a step of all streams."""
         self._advancing = True
         self._prefill_chunk()
         while len(self._running) < self.most_streams and (begun := self._take(self._answers)) is not None:
@@ -312,7 +311,7 @@ class Scheduler:
         try:
             steps = self.engine.step([answer.stream for answer in answers if answer.stream is not None])
         except BaseException as error:
-            # An engine that fails has moved none of them: alone, those that can go on do.
+            # After a failure no stream has advanced: step each one alone to find those that fail.
             if len(answers) > 1:
                 for answer in answers:
                     self._decode_step([answer])
@@ -326,7 +325,7 @@ class Scheduler:
                 self._end(answer, step)
 
     def _end(self, answer: _Answer, last: Step | BaseException | None = None) -> None:
-        """Take a stream out; its consumer hears `last` when the context is free."""
+        """Remove a stream; its consumer receives `last` when the context is free."""
         self._running.remove(answer)
         assert answer.stream is not None
         try:
@@ -338,12 +337,12 @@ class Scheduler:
         answer.ended.answer(None)
 
     def _rest(self) -> None:
-        """One call of one idle work."""
+        """Call one idle function."""
         work = self._idle.popleft()
         try:
             again = work()
         except Exception as error:
-            # Its message may quote a context, which no log shows.
+            # The message may quote a context, which must not be logged.
             logging.getLogger(__name__).error("idle work failed: %s", type(error).__name__)
             return
         if again:
@@ -366,7 +365,7 @@ class Scheduler:
 
 
 async def _surely(future: asyncio.Future[None]) -> None:
-    """Wait for `future` however often the waiting is cancelled; then it is."""
+    """Wait for `future` to end even if cancelled, and raise CancelledError afterwards."""
     cancelled = False
     while not future.done():
         try:

@@ -1,4 +1,4 @@
-"""What the API calls: answers from cached conversations, and sessions that clients edit by hand."""
+"""The service behind the HTTP API: answers from cached conversations, and sessions that clients edit."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 import copy
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from kveraser.errors import InputError, KVEraserError
-from kveraser.measure.probes import Probe
 from kveraser.serve.conversations import Conversations
 from kveraser.serve.engine import Engine, Sampling, TokenLogprob
 from kveraser.serve.entries import Limits
@@ -52,28 +52,44 @@ from kveraser.serve.types import (
 from kveraser.text import chat
 from kveraser.text.template import ChatOptions, notices, special_notices
 
+T = TypeVar("T")
+P = ParamSpec("P")
+
 SWEEP_SECONDS = 5.0
-"""How often what has expired is let go."""
+"""Interval between removals of expired contexts."""
 
 ANSWER_TOKENS = 1024
-"""Most tokens of an answer where its request names none: a model that never ends would fill its context."""
+"""Maximum length of an answer if its request sets none: a model that never stops would fill its context."""
+
+
+def _operation(
+    method: Callable[Concatenate[Sessions, str, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Service, str, P], Coroutine[Any, Any, T]]:
+    """The method of `Sessions` as a method of `Service` that takes an API key and raises `ServeError` only."""
+
+    @wraps(method)
+    async def run(service: Service, key: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with service._serving():
+            return await method(service.sessions, _owner(key), *args, **kwargs)
+
+    return run
 
 
 class Service:
-    """Contexts in caches, and what is done with them. Every method raises `ServeError` only.
+    """The contexts of all clients and the operations on them. Every method raises `ServeError` only.
 
-    `key` is whose contexts they are: nothing is ever shared between keys, and a foreign session is an unknown one.
-    Used from one asyncio loop.
+    `key` is the API key that owns the contexts. Nothing is shared between keys, and another key's session is reported
+    as not found. Use it from one asyncio loop.
 
     Args:
-        engine: the model; from now on only the scheduler's thread calls it.
-        scheduler: over the same engine; closed with the service.
-        limits: what contexts may take.
-        folder: where sessions live across restarts; None: they end with the process.
-        method: how spans are erased where a request does not say; None: the engine's own choice. With `recompute`
-            nothing is erased for a request: from the first difference on, all is run again, in chunks.
-        answer_tokens: most tokens of an answer where a request does not say; None: as many as there is room for.
-        span_tokens: tokens that erasing a span must save; else it is run again from the first difference on.
+        engine: the model. Only the scheduler's thread may call it.
+        scheduler: of the same engine; `close` closes it.
+        limits: on contexts.
+        folder: stores sessions across restarts; None: they end with the process.
+        method: default erasing method; None: the engine's default. With `recompute`, all tokens after the first
+            difference are run again, in chunks.
+        answer_tokens: default maximum length of an answer; None: limited only by the context.
+        span_tokens: tokens that erasing a span must save; else all tokens after the first difference are run again.
         clock: seconds since 1970.
 
     Raises:
@@ -94,7 +110,7 @@ class Service:
     ) -> None:
         self.engine, self.scheduler = engine, scheduler
         self.created, self.answer_tokens = int(clock()), answer_tokens
-        # Tokenizers are not to be shared between threads, and the engine's belongs to its own.
+        # Tokenizers are not thread-safe, and the engine's thread uses its own.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         self.thread = ThreadPoolExecutor(1, "kveraser-reader")
         self.background = Background()
@@ -108,21 +124,21 @@ class Service:
         self._sweeper: asyncio.Task[None] | None = None
 
     def models(self) -> Sequence[ModelCard]:
-        """The models that can be asked."""
+        """The served models."""
         return [ModelCard(self.engine.name, self.created, self.engine.max_positions)]
 
     async def methods(self) -> Sequence[MethodCard]:
-        """The methods that sessions can be erased from by."""
+        """The available erasing methods."""
         with self._serving():
             return method_cards(await self.scheduler.run(self.engine.methods))
 
     def token_text(self, token: int) -> str:
-        """The text of a token alone; part of a character is a replacement character."""
+        """The text of a single token; an incomplete character becomes a replacement character."""
         text: str = self.tokenizer.decode([token])
         return text
 
     def call_reader(self, most: int | None, tools: Sequence[Mapping[str, Any]]) -> CallReader | TemplateReader:
-        """What reads tool calls in answers of this model: by its response template, where it has one."""
+        """A reader of tool calls in the model's answers, by its response template if it has one."""
         try:
             opening = chat.reply_opening(self.tokenizer)
         except InputError:
@@ -134,9 +150,9 @@ class Service:
         return CallReader(most, formats=formats_of(template), names=names, thinking=thinking)
 
     async def generate(self, key: str, turn: Turn) -> AsyncIterator[Event]:
-        """Answer a request: one `Started`, `Delta`s, one `Finished`. Closing the iterator cancels.
+        """Answer a request: yields one `Started`, `Delta`s, one `Finished`. Closing the iterator cancels the answer.
 
-        The first `__anext__` raises whatever is wrong with the request.
+        The first `__anext__` raises the errors of invalid requests.
         """
         with self._serving():
             reading = await self._in_thread(lambda: self._read(turn))
@@ -150,13 +166,13 @@ class Service:
                     yield event
 
     def _capped(self, sampling: Sampling) -> Sampling:
-        """No answer is longer than its request says, or than the server's own cap where it says nothing."""
+        """The sampling settings with the server's limit if the request sets none."""
         return replace(sampling, max_tokens=self.answer_tokens) if sampling.max_tokens is None else sampling
 
     async def _noticed(
         self, messages: Sequence[Mapping[str, Any]] | None, text: str | None, options: ChatOptions
     ) -> Sequence[str]:
-        """What of a conversation or a text to warn of."""
+        """Warnings about a conversation or a text."""
 
         def look() -> Sequence[str]:
             if messages is None:
@@ -189,7 +205,7 @@ class Service:
         ttl: float | None = None,
         allow_special: bool = False,
     ) -> SessionView:
-        """A new session of messages or a text, prefilled. `ttl` in seconds from its last use; None: the server's."""
+        """Create and prefill a session of messages or a text. `ttl` in seconds from its last use; None: the default."""
         with self._serving():
             if (messages is None) == (text is None):
                 raise InputError("give a session either text or messages")
@@ -204,68 +220,14 @@ class Service:
             made = await self.sessions.create(_owner(key), rendered, turn_open, ttl)
             return replace(made, warnings=tuple(await self._noticed(messages, text, options)))
 
-    async def list(self, key: str) -> Sequence[SessionView]:
-        """The key's sessions, oldest first."""
-        with self._serving():
-            return self.sessions.list(_owner(key))
-
-    async def view(self, key: str, id: str, contents: bool = False) -> SessionView:
-        """One session."""
-        with self._serving():
-            return await self.sessions.view(_owner(key), id, contents)
-
-    async def tokens(self, key: str, id: str) -> Sequence[TokenView]:
-        """Every token of a session, erased ones included."""
-        with self._serving():
-            return await self.sessions.tokens(_owner(key), id)
-
-    async def delete(self, key: str, id: str) -> None:
-        """Delete a session; its states are overwritten, on disk too."""
-        with self._serving():
-            await self.sessions.delete(_owner(key), id)
-
-    async def erase(
-        self,
-        key: str,
-        id: str,
-        what: Any,
-        method: str | None = None,
-        max_kl: float | None = None,
-        undoable: bool = True,
-    ) -> dict[str, Any]:
-        """Erase from a session; the receipt.
-
-        Args:
-            what: a selector as `selector_from_json` reads it, or a list of them; a list of two whole numbers is one
-                range of characters.
-            undoable: False overwrites what went, in memory and on disk, and all that could bring it back.
-        """
-        with self._serving():
-            return await self.sessions.erase(_owner(key), id, what, method, max_kl, undoable)
-
-    async def undo(self, key: str, id: str, steps: int = 1) -> SessionView:
-        """Take back the session's last operations: erases, appends, kept answers.
-
-        They can be for as long as the limits say, and while the session stays in memory.
-        """
-        with self._serving():
-            return await self.sessions.undo(_owner(key), id, steps)
-
-    async def fork(self, key: str, id: str) -> SessionView:
-        """An independent copy."""
-        with self._serving():
-            return await self.sessions.fork(_owner(key), id)
-
-    async def audit(
-        self,
-        key: str,
-        id: str,
-        probes: Sequence[str | Probe] | None = None,
-        secrets: Sequence[str] | None = None,
-    ) -> dict[str, Any]:
-        """Measure what the session's erases achieved."""
-        with self._serving():
-            return await self.sessions.audit(_owner(key), id, probes, secrets)
+    list = _operation(Sessions.list)
+    view = _operation(Sessions.view)
+    tokens = _operation(Sessions.tokens)
+    delete = _operation(Sessions.delete)
+    erase = _operation(Sessions.erase)
+    undo = _operation(Sessions.undo)
+    fork = _operation(Sessions.fork)
+    audit = _operation(Sessions.audit)
 
     async def append(
         self,
@@ -276,7 +238,7 @@ class Service:
         text: str | None = None,
         allow_special: bool = False,
     ) -> SessionView:
-        """Add messages to a conversation, or text to a text session."""
+        """Append messages to a conversation, or text to a text session."""
         with self._serving():
             if (messages is None) == (text is None):
                 raise InputError("append either text or messages")
@@ -293,11 +255,11 @@ class Service:
         keep: bool = False,
         caches: Caches = "edited",
     ) -> AsyncIterator[Event]:
-        """Ask a session; events as of `generate`.
+        """Ask a session; yields events as `generate`.
 
         Args:
-            keep: question and answer become part of the session; only with `edited`.
-            caches: answer from the session's own cache; from one in which nothing was erased; or from an exact one.
+            keep: append question and answer to the session; only with `edited`.
+            caches: answer from the session's cache, from one without erases, or from an exact one.
         """
         with self._serving():
             capped = self._capped(sampling or Sampling())
@@ -319,7 +281,7 @@ class Service:
         }
 
     async def close(self) -> None:
-        """Write what is not on disk yet, and let everything go."""
+        """Write unsaved sessions to disk and free everything."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             with suppress(asyncio.CancelledError):
@@ -331,7 +293,7 @@ class Service:
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
-        """The library's errors as the server's."""
+        """Convert errors of the library to `ServeError`."""
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
         try:
@@ -340,7 +302,7 @@ class Service:
             raise as_serve_error(error) from error
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        """Rendering and searching take a while, and must not hold up the streams."""
+        """Run slow rendering and searching in a thread, so that streams are not blocked."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, work)
 
     async def _sweep(self) -> None:
@@ -351,7 +313,7 @@ class Service:
 
 
 def _owner(key: str) -> str:
-    """What is written down of a key."""
+    """The digest of a key, the only form in which it is stored."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 

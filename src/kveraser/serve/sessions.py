@@ -159,8 +159,8 @@ class Sessions:
         if most is not None and held + added > most:
             raise ContextOverflow(f"the session would have {held + added} tokens and the model has {most} positions")
 
-    async def view(self, owner: str, id: str, contents: bool) -> SessionView:
-        """One session; it comes back from disk for it."""
+    async def view(self, owner: str, id: str, contents: bool = False) -> SessionView:
+        """View a session, with texts if `contents`. It is loaded from disk if necessary."""
         return await self._read(owner, id, lambda entry, held: self._view(entry, held, contents))
 
     async def tokens(self, owner: str, id: str) -> Sequence[TokenView]:
@@ -195,8 +195,8 @@ class Sessions:
 
         return await self.scheduler.run(read)
 
-    def list(self, owner: str) -> Sequence[SessionView]:
-        """All of an owner's, as far as is known without touching them."""
+    async def list(self, owner: str) -> Sequence[SessionView]:
+        """The sessions of an owner, oldest first, without loading them."""
         now = self.store.clock()
         return [summary(entry) for entry in self.store.of(owner, "session") if entry.revision and entry.expires > now]
 
@@ -239,9 +239,22 @@ class Sessions:
         return chat.added_text(self.tokenizer, text or "", options)
 
     async def erase(
-        self, owner: str, id: str, what: Any, method: str | None, max_kl: float | None, undoable: bool
+        self,
+        owner: str,
+        id: str,
+        what: Any,
+        method: str | None = None,
+        max_kl: float | None = None,
+        undoable: bool = True,
     ) -> dict[str, Any]:
-        """Erase spans; the receipt."""
+        """Erase spans and return the receipt.
+
+        Args:
+            what: a selector as `selector_from_json` reads it, or a list of them; a list of two integers is one range
+                of characters.
+            undoable: False overwrites the removed states, in memory and on disk, and everything that could restore
+                them.
+        """
         selectors = read_selectors(what)
 
         async def erase(entry: Entry, held: Held) -> dict[str, Any]:
@@ -261,8 +274,11 @@ class Sessions:
 
         return await self._change(owner, id, erase)
 
-    async def undo(self, owner: str, id: str, steps: int) -> SessionView:
-        """Take back the last operations."""
+    async def undo(self, owner: str, id: str, steps: int = 1) -> SessionView:
+        """Undo the last operations: erases, appends and kept answers.
+
+        They can be undone for the time in `Limits`, while the session stays in memory.
+        """
 
         async def undo(entry: Entry, held: Held) -> SessionView:
             if not 1 <= steps <= len(entry.undoable):
@@ -276,9 +292,13 @@ class Sessions:
         return await self._change(owner, id, undo)
 
     async def audit(
-        self, owner: str, id: str, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None
+        self,
+        owner: str,
+        id: str,
+        probes: Sequence[str | Probe] | None = None,
+        secrets: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Measure what the erases achieved; the last receipt carries it."""
+        """Audit the erases. The last receipt includes the audit."""
 
         async def audit(entry: Entry, held: Held) -> dict[str, Any]:
             await self.store.reserve(entry, 2 * entry.measured.tokens)

@@ -1,8 +1,8 @@
-"""Where contexts are kept: in memory within a budget, on disk when it is used up, and across restarts.
+"""Storage of contexts: in memory within a budget, on disk beyond it, and across restarts.
 
-Sessions are a promise: the ledger holds the revision that their owner was told of, snapshots are written behind in idle
-time, and a session comes back at that revision or is reported gone. Cached conversations are none: they may go to disk
-as well, but end with the process.
+The ledger records the acknowledged revision of each session, and snapshots are written in idle time. After a restart a
+session is restored at its acknowledged revision or reported as gone. Cached conversations may be moved to disk,
+too, but end with the process.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kveraser.serve.secure_delete import secure_delete
 SUFFIX = ".session"
 
 TOMBSTONE_SECONDS = 7 * 24 * 3600.0
-"""How long after its expiry a session that is gone is told from one that never was."""
+"""How long after its expiry a session is reported as gone instead of not found."""
 
 
 class Store:
-    """All contexts of a server. Used from one asyncio loop, after `open`.
+    """All contexts of a server. Use it from one asyncio loop.
 
     Args:
-        folder: for the ledger and snapshots; None: nothing survives, and what has no room in memory goes.
+        folder: for the ledger and snapshots; None: contexts are in memory only and end with the process.
         clock: seconds since 1970.
     """
 
@@ -62,7 +62,7 @@ class Store:
             self._bring_back(folder)
 
     def _bring_back(self, folder: Path) -> None:
-        """Sessions whose snapshot is there at the acknowledged revision; other files are overwritten and go."""
+        """Restore the sessions that have a snapshot of the acknowledged revision; delete other files securely."""
         assert self.ledger is not None
         present = {path.name: path for path in folder.iterdir() if path.name.endswith((SUFFIX, ".part"))}
         for record in list(self.ledger.records.values()):
@@ -84,7 +84,7 @@ class Store:
             secure_delete(path)
 
     def _bury(self, record: Acknowledged) -> None:
-        """A session that was there and can't come back: its owner is told so for a while."""
+        """Report a session that can't be restored as gone for `TOMBSTONE_SECONDS` after its expiry."""
         assert self.ledger is not None
         late = record.expires + TOMBSTONE_SECONDS <= self.clock()
         if late or record.state != "gone":
@@ -96,12 +96,12 @@ class Store:
     # Finding
 
     def of(self, owner: str, kind: Kind) -> list[Entry]:
-        """The owner's contexts of a kind, oldest first."""
+        """The contexts of an owner of one kind, oldest first."""
         found = [entry for entry in self.entries.values() if entry.owner == owner and entry.kind == kind]
         return sorted(found, key=lambda entry: entry.created)
 
     def session(self, owner: str, id: str) -> Entry:
-        """Raises UnknownSession, SessionGone."""
+        """Find a session. Raises UnknownSession, SessionGone."""
         entry = self.entries.get(id)
         if entry is not None and entry.owner == owner and entry.kind == "session":
             if entry.expires > self.clock():
@@ -115,16 +115,16 @@ class Store:
     # Entering and changing
 
     def enter(self, owner: str, kind: Kind, ttl: float) -> Entry:
-        """A new entry without a context."""
+        """Create an entry without a context."""
         now = self.clock()
         entry = Entry(f"{kind[:4]}_{secrets.token_hex(12)}", owner, kind, now, now, ttl, Guard(self._notify))
         self.entries[entry.id] = entry
         return entry
 
     async def settle(self, entry: Entry, changed: bool = True) -> None:
-        """Account for what was done to a context, and record a session's new revision before its owner is told.
+        """Measure a context after an operation, and record the new revision of a session before it is acknowledged.
 
-        Where the disk is full the session goes on in memory, and is gone after a restart. Its lock is held.
+        If the disk is full, the session continues in memory and is gone after a restart. The caller must hold its lock.
 
         Raises:
             OutOfSpace: a new session can't be recorded.
@@ -146,7 +146,7 @@ class Store:
                 if entry.revision == 1:
                     raise
             finally:
-                # Whatever it holds was erased since or will be; and at no other revision may it come back.
+                # It may hold erased text, and the session may be restored only at the recorded revision.
                 if old is not None:
                     await asyncio.to_thread(secure_delete, old)
             self.write_behind()
@@ -168,7 +168,7 @@ class Store:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of keys and values in memory, and of what running requests may still take."""
+        """Bytes of keys and values in memory, and bytes reserved by running requests."""
         return sum(entry.bytes + entry.reserved + entry.copy_bytes for entry in self.entries.values())
 
     @property
@@ -177,15 +177,15 @@ class Store:
         return sum(entry.snapshot_bytes for entry in self.entries.values())
 
     def size(self, tokens: int) -> int:
-        """Bytes that a context of so many tokens may take."""
+        """Maximum size in bytes of a context of `tokens` tokens."""
         return (tokens + self.engine.spare_tokens) * self.engine.bytes_per_token
 
     async def reserve(self, entry: Entry, tokens: int, more: int = 0) -> None:
-        """Make room for `tokens` more of a context, its spare room and `more` bytes: what was used longest ago goes.
+        """Reserve memory for `tokens` more tokens, spare slots and `more` bytes; evict least recently used contexts.
 
         Raises:
-            OutOfSpace: it can't fit, whatever goes.
-            Overloaded: it can when others are done, and none was for a while.
+            OutOfSpace: the limit is too small, or memory and disk are full.
+            Overloaded: all other contexts stayed in use for `Limits.busy_seconds`.
         """
         wanted = self.size(tokens) + more
         try:
@@ -195,7 +195,7 @@ class Store:
                     f"the context needs about {needed} bytes, the server has {self.limits.memory_bytes}: shorten it"
                 )
             stuck, until = set[str](), asyncio.get_running_loop().time() + self.limits.busy_seconds
-            # It counts once it is granted: what others see is never more than the budget.
+            # The reservation counts only when granted, so `bytes_held` never exceeds the budget.
             while self.bytes_held - entry.reserved + wanted > self.limits.memory_bytes:
                 idle = [
                     other for other in self.entries.values()
@@ -217,7 +217,7 @@ class Store:
             raise
 
     async def _wait_for_one(self, until: float) -> None:
-        """Wait till a context is free. Two that wait for each other are told to come back."""
+        """Wait until a context is free. The timeout resolves deadlocks of requests that wait for each other."""
         try:
             async with asyncio.timeout_at(until):
                 await self._freed.wait()
@@ -231,9 +231,9 @@ class Store:
         self._freed = asyncio.Event()
 
     async def put_away(self, entry: Entry) -> bool:
-        """Move a context to disk, or where that can't be let a conversation go; whether its memory is free.
+        """Move a context to disk, or free a conversation that can't be saved. Returns whether its memory was freed.
 
-        What undo would need goes: the session can't be undone any more. Its lock is held.
+        Undo states are discarded. The caller must hold the lock of the entry.
         """
         held = entry.held
         assert held is not None
@@ -245,7 +245,7 @@ class Store:
         entry.held, entry.undoable = None, []
 
         def drop() -> None:
-            # What undo kept is overwritten; what is live stands on the disk.
+            # Overwrite undo states; live states need no overwriting.
             self.engine.forget_undo(held, 0)
             self.engine.drop(held, wipe=False)
 
@@ -254,10 +254,10 @@ class Store:
         return True
 
     async def awake(self, entry: Entry) -> Held:
-        """The context in memory. Its lock is held.
+        """Load a context into memory if necessary. The caller must hold its lock.
 
         Raises:
-            SessionGone: its snapshot can't be read, or is not what was acknowledged.
+            SessionGone: its snapshot can't be read, or differs from the acknowledged state.
         """
         if entry.held is not None:
             return entry.held
@@ -276,7 +276,7 @@ class Store:
         return held
 
     async def save(self, entry: Entry) -> bool:
-        """Write the snapshot of a context as it is now, if it is not there; whether it is. Its lock is held."""
+        """Write a snapshot unless it is up to date. Returns whether one exists. The caller must hold the lock."""
         held = entry.held
         if held is None or entry.saved == entry.revision:
             return True
@@ -295,11 +295,11 @@ class Store:
         return True
 
     async def remove(self, entry: Entry, *, wipe: bool = False, gone: bool = False) -> None:
-        """Let a context go, in memory and on disk. Its lock is held, or nobody can find it.
+        """Free a context in memory and on disk. The caller must hold its lock unless the entry is not yet published.
 
         Args:
-            wipe: overwrite its states first.
-            gone: a session's owner is told that it was there.
+            wipe: overwrite its states in memory.
+            gone: report a session as gone afterwards, not as not found.
         """
         self.entries.pop(entry.id, None)
         held, entry.held = entry.held, None
@@ -319,7 +319,7 @@ class Store:
         return self.folder / f"{entry.id}.{revision}{SUFFIX}"
 
     async def _keep_disk_budget(self) -> None:
-        """Let conversations on disk go, those used longest ago first, while snapshots take too much."""
+        """Remove the least recently used conversations on disk while snapshots exceed the limit."""
         while self.bytes_spilled > self.limits.disk_bytes:
             spilled = [
                 entry for entry in self.entries.values()
@@ -332,7 +332,7 @@ class Store:
     # In idle time
 
     def write_behind(self) -> None:
-        """Write snapshots of changed sessions when the engine has nothing else to do."""
+        """Write snapshots of changed sessions when the engine is idle."""
         if self.folder is not None and (self._behind is None or self._behind.done()):
             self._behind = asyncio.get_running_loop().create_task(self._write_behind())
 
@@ -351,12 +351,12 @@ class Store:
             late = min(entry.changed_at or 0.0 for entry in unsaved) + self.limits.snapshot_seconds - self.clock()
             with suppress(TimeoutError):
                 await asyncio.wait_for(idle.wait(), max(0.0, late))
-            # One that answers is written when it has ended; the others need not wait for it.
+            # Sessions that are answering are written afterwards.
             free = [entry for entry in unsaved if not entry.lock.locked()]
             entry = min(free or unsaved, key=lambda entry: entry.changed_at or 0.0)
             async with entry.lock:
                 if entry.id in self.entries and not await self.save(entry):
-                    # The disk is full: the next change tries again.
+                    # The disk is full; the next change tries again.
                     tried.add(entry.id)
 
     def _unsaved(self) -> list[Entry]:
@@ -366,7 +366,7 @@ class Store:
         ]  # fmt: skip
 
     async def sweep(self) -> None:
-        """Let go what has expired, and what undo keeps beyond its time."""
+        """Remove expired contexts and expired undo states."""
         now = self.clock()
         for entry in list(self.entries.values()):
             if entry.lock.locked():
@@ -382,14 +382,14 @@ class Store:
         self.gone = {id: record for id, record in self.gone.items() if record.expires + TOMBSTONE_SECONDS > now}
 
     async def forget_made_for(self, id: str) -> None:
-        """Let go, overwritten, what was made to compare session `id` with: it may hold what was erased there."""
+        """Overwrite and remove the contexts created for comparison with session `id`: they may hold its erased text."""
         for entry in list(self.entries.values()):
             if entry.source is not None and entry.source[0] == id:
                 async with entry.lock:
                     await self.remove(entry, wipe=True)
 
     async def keep_undoable(self, entry: Entry, kept: list[Undoable]) -> None:
-        """Keep only the last operations undoable; what the others held is overwritten. Its lock is held."""
+        """Keep `kept` undoable and overwrite the undo states of other operations. The caller must hold the lock."""
         held, steps = entry.held, sum(done.steps for done in kept)
         entry.undoable = kept
         if held is not None:
@@ -397,7 +397,7 @@ class Store:
             entry.measured = await self.scheduler.run(lambda: measure(held), always=True)
 
     async def close(self) -> None:
-        """Write what is not on disk yet. What still answers is left as its snapshot has it."""
+        """Write unsaved sessions to disk. Sessions that are still answering keep their last snapshot."""
         if self._behind is not None:
             self._behind.cancel()
             with suppress(asyncio.CancelledError):
@@ -408,7 +408,7 @@ class Store:
             async with entry.lock:
                 if entry.kind == "session":
                     await self.save(entry)
-                    # Its time to live runs from its last use, which need not have been a change.
+                    # The time of last use may have changed without a new revision.
                     with suppress(OutOfSpace):
                         await self._record(entry)
                 else:

@@ -14,7 +14,7 @@ from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.text.spans import Transcript
 from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
 
-Action = Literal["prefill", "append", "erase", "recompute", "prefix"]
+Action = Literal["prefill", "append", "erase", "edit", "recompute", "prefix"]
 Caches = Literal["edited", "unerased", "exact"]
 
 
@@ -31,6 +31,11 @@ class Erasing:
     method: str | None = None
     max_kl: float | None = None
     now_then_exact: bool = False
+
+    @property
+    def allows_approximate(self) -> bool:
+        """Whether the client chose how to edit, and so allows answers that are not exact."""
+        return self.method is not None or self.max_kl is not None or self.now_then_exact
 
 
 @dataclass(frozen=True)
