@@ -924,7 +924,10 @@ def test_many_clients_on_many_sessions_get_what_each_would_alone(seed: int, tmp_
         async with serving(tmp_path, limits=limits) as service:
             await asyncio.gather(*(client(service, number) for number in range(6)))
             assert service.status()["bytes_held"] <= limits.memory_bytes
-            assert service.status()["bytes_spilled"] > 0 and service.status()["waiting"] == 0
+            assert service.status()["bytes_spilled"] > 0
+            # Snapshots may still be written in idle time.
+            await settled(service)
+            assert service.status()["waiting"] == 0
 
     run(test())
     assert set(done) == {"erase", "undo", "append", "ask", "keep", "fork", "chat", "create"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from kveraser.errors import InputError
 from kveraser.serve.rendering import read_messages
-from kveraser.serve.tool_results import ToolResultEdit, ToolUse, edit_from_json, tool_uses
+from kveraser.serve.schemas import ClearToolUses
+from kveraser.serve.tool_results import ToolResultEdit, ToolUse, tool_uses
 from tests.templates import TEMPLATES, THINKING, tokenizer_with
 from tests.tiny import tiny_tokenizer
 
@@ -116,8 +117,8 @@ def test_where_the_template_writes_something_else_the_edited_conversation_is_ren
 
 def test_an_edit_is_read_as_anthropic_writes_it() -> None:
     kind = {"type": "clear_tool_uses_20250919"}
-    assert edit_from_json(kind) == ToolResultEdit()
-    assert edit_from_json(
+    assert ClearToolUses.model_validate(kind).edit() == ToolResultEdit()
+    assert ClearToolUses.model_validate(
         {
             **kind,
             "trigger": {"type": "tool_uses", "value": 7},
@@ -126,7 +127,7 @@ def test_an_edit_is_read_as_anthropic_writes_it() -> None:
             "exclude_tools": ["web"],
             "clear_tool_inputs": ["search"],
         }
-    ) == ToolResultEdit(None, 7, 0, 50, frozenset({"web"}), frozenset({"search"}))
+    ).edit() == ToolResultEdit(None, 7, 0, 50, frozenset({"web"}), frozenset({"search"}))
     for wrong in (
         "clear",
         {"type": "other"},
@@ -138,5 +139,5 @@ def test_an_edit_is_read_as_anthropic_writes_it() -> None:
         {**kind, "exclude_tools": "web"},
         {**kind, "clear_tool_inputs": [1]},
     ):
-        with pytest.raises(InputError):
-            edit_from_json(wrong)
+        with pytest.raises(ValidationError):
+            ClearToolUses.model_validate(wrong)

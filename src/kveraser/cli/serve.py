@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from kveraser.serve.access import Keys
 
 CONTEXTS, CLIENTS, TURNS = "Conversations and sessions", "Clients", "Sharing the model"
-"""Groups of options in the help."""
+"""Option groups in the help."""
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20
 SHUTDOWN_SECONDS = 10
-"""How long answers under way may take to end when the server stops."""
+"""Time limit for running answers when the server stops."""
 
 
 def serve(
@@ -129,7 +129,7 @@ def serve(
 
         backbone = load_backbone(model, eraser, device, dtype)
         engine = TransformersEngine(backbone, method)
-        # A folder's place on this machine is nobody's business.
+        # Do not show clients the path of a local model.
         engine.name = name or (Path(engine.name).name if Path(engine.name).is_dir() else engine.name)
         limits = Limits(
             memory_bytes=int(memory * GIBIBYTE),
@@ -159,7 +159,7 @@ def serve(
             )
         )
         logs.log("listening", url=f"http://{shown}:{address[1]}", model=engine.name, keys=len(keys))
-        # Ctrl-C is how a server ends.
+        # Ctrl-C stops the server.
         with suppress(KeyboardInterrupt):
             server.run(sockets=[bound])
     if not server.started:
@@ -175,7 +175,7 @@ def _check_open(host: str, keys: Keys, without_keys: bool) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """The socket, before a model is loaded in vain."""
+    """Bind the socket before the model is loaded, so that errors are reported early."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
@@ -184,7 +184,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _names(host: str, allowed: list[str] | None) -> frozenset[str] | None:
-    """Names that requests may call the server by; None: any, on an address that others can reach."""
+    """Accepted host names; None: any, on an address that others can reach."""
     from kveraser.serve.app import LOOPBACK
 
     if host not in LOOPBACK_HOSTS and not allowed:

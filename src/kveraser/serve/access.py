@@ -1,4 +1,4 @@
-"""Who may ask, from where, and how much: API keys, host names, rates, and requests at once."""
+"""Access control: API keys, host names, and limits on request rates and concurrency."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from kveraser.errors import InputError
 from kveraser.serve.errors import InvalidRequest, Overloaded, Unauthorized
 
 ANONYMOUS = "anonymous"
-"""Owner of everything on a server without keys."""
+"""Owner of all contexts on a server without keys."""
 
 SHORTEST_KEY = 16
 OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
-"""Paths that need no key: the page, which asks with a key of its user's, and what says that the server is there."""
+"""Paths that need no key: the playground, which uses the key of its user, health, and the API description."""
 
 PAGE_PATH = "/page/"
 
 
 class Keys:
-    """The API keys that the server knows, as hashes.
+    """The accepted API keys, stored as hashes.
 
     Args:
-        keys: the keys; none at all: everyone is the one anonymous owner.
+        keys: the keys; if empty, all requests belong to one anonymous owner.
 
     Raises:
-        InputError: a key too short to be a secret, or not of printable ASCII.
+        InputError: a key is too short, or not printable ASCII without spaces.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -52,10 +52,10 @@ class Keys:
         return len(self._hashes)
 
     def owner(self, authorization: str | None) -> str:
-        """Whom a request's `Authorization` header names: a hash of the key, so that the key itself is kept nowhere.
+        """The owner for an `Authorization` header: a hash of the key, so that the key itself is not stored.
 
         Raises:
-            Unauthorized: there are keys, and this is none of them.
+            Unauthorized: the header contains none of the keys.
         """
         if not self._hashes:
             return ANONYMOUS
@@ -63,7 +63,7 @@ class Keys:
         if scheme.lower() != "bearer" or not given.strip():
             raise Unauthorized("there is no API key: send the header Authorization: Bearer KEY")
         hashed = _hash(given.strip().encode())
-        # Every known key is compared, each in constant time.
+        # Compare every key, each in constant time.
         matches = [hmac.compare_digest(hashed, known) for known in self._hashes]
         if not any(matches):
             raise Unauthorized("the API key is not one of this server's: check it")
@@ -75,10 +75,10 @@ def _hash(key: bytes) -> str:
 
 
 def read_keys(file: Path | None = None, variable: str = "KVERASER_API_KEYS") -> Keys:
-    """Keys from a file, one a line (`#` begins a comment), and from an environment variable, separated by commas.
+    """Read keys from a file, one per line (`#` begins a comment), and from an environment variable with commas.
 
     Raises:
-        InputError: the file can't be read or holds no key, or a key has the wrong form.
+        InputError: the file can't be read or contains no key, or a key is invalid.
     """
     keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
     if file is not None:
@@ -88,18 +88,18 @@ def read_keys(file: Path | None = None, variable: str = "KVERASER_API_KEYS") -> 
             raise InputError(f"can't read the API keys in {file} ({error}): check the path") from error
         listed = [line.partition("#")[0].strip() for line in lines]
         if not any(listed):
-            raise InputError(f"{file} holds no API key: write one a line, or leave the file out")
+            raise InputError(f"{file} contains no API key: write one per line, or omit the file")
         keys += listed
     return Keys(key for key in keys if key)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one key may ask for.
+    """Request limits per key.
 
     Attributes:
-        requests_per_minute: on average; short bursts may use up to a minute's worth. None: no limit.
-        requests_at_once: answered at the same time.
+        requests_per_minute: on average; bursts may use the requests of one minute at once. None: no limit.
+        requests_at_once: maximum concurrent requests.
     """
 
     requests_per_minute: float | None = None
@@ -107,11 +107,11 @@ class Limits:
 
 
 class Gate:
-    """Counts each owner's requests.
+    """Enforces the request limits of each owner.
 
     Args:
-        limits: of every owner.
-        clock: seconds, growing.
+        limits: per owner.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,10 +120,10 @@ class Gate:
         self._left: dict[str, tuple[float, float]] = {}
 
     def enter(self, owner: str) -> None:
-        """Let a request in; `leave` when its response has ended.
+        """Admit a request. Call `leave` when its response has ended.
 
         Raises:
-            Overloaded: the owner has too many requests running, or had too many in the last minute.
+            Overloaded: the owner has too many concurrent requests, or exceeds its rate.
         """
         running = self._running.get(owner, 0)
         if running >= self.limits.requests_at_once:
@@ -145,20 +145,19 @@ class Gate:
         self._running[owner] = running + 1
 
     def leave(self, owner: str) -> None:
-        """A request's response has ended."""
+        """Count a request as ended."""
         self._running[owner] -= 1
         if not self._running[owner]:
             del self._running[owner]
 
 
 class Access:
-    """ASGI middleware: names the owner of each request in `scope["owner"]`, and turns away what may not come in.
+    """ASGI middleware that authenticates requests, sets `scope["owner"]` and enforces limits.
 
     Errors are raised before the body is read.
 
     Args:
-        hosts: names by which the server may be asked, without ports; None: any. On a loopback address this keeps web
-            pages out that let a name of their own point there.
+        hosts: accepted host names without ports; None: any. On a loopback address this prevents DNS rebinding.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, gate: Gate, hosts: frozenset[str] | None) -> None:
@@ -191,7 +190,7 @@ class Access:
 
 
 def _name(host: str) -> str:
-    """A `Host` header without its port."""
+    """The name in a `Host` header, without its port."""
     if host.startswith("["):
         return host.partition("]")[0].removeprefix("[").lower()
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()

@@ -1,4 +1,4 @@
-"""The server: routes, middleware and the playground's files around a service."""
+"""The ASGI application: routes, middleware and the files of the playground."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kveraser.serve.metrics import Metrics
 from kveraser.serve.service import Service
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Names of this machine for itself."""
+"""Host names of the loopback interface."""
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -35,7 +35,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
-"""The page loads nothing from elsewhere, runs no inline scripts, and stands in nobody's frame."""
+"""The page loads only its own files, runs no inline scripts, and can't be framed."""
 
 DESCRIPTION = (
     "OpenAI-compatible answers from cached conversations whose history can be edited cheaply, and sessions that are "
@@ -45,14 +45,14 @@ DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server meets its clients.
+    """Settings of the HTTP server.
 
     Attributes:
-        keys: without any, everyone is the one anonymous owner.
-        limits: of every key.
-        most_bytes: of a request's body.
-        body_seconds: within which a body has come.
-        hosts: names by which the server may be asked; None: any.
+        keys: the API keys; if empty, all requests belong to one anonymous owner.
+        limits: per key.
+        most_bytes: maximum size of a request body.
+        body_seconds: time limit for receiving a body.
+        hosts: accepted host names; None: any.
         page: folder of the playground; it may be missing.
     """
 
@@ -75,14 +75,14 @@ class _Page(StaticFiles):
         try:
             response = await super().get_response(path, scope)
         except ValueError as error:
-            # No file's name has such characters.
+            # The path contains characters that no file name can have.
             raise HTTPException(404) from error
         response.headers.update(PAGE_HEADERS)
         return response
 
 
 def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
-    """The ASGI application; it closes the service when it shuts down."""
+    """Create the ASGI application, which closes the service on shutdown."""
     settings = settings or Settings()
     metrics = Metrics(service.status)
 
@@ -98,11 +98,11 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
         version="1",
         description=DESCRIPTION,
         lifespan=lifespan,
-        # Their pages load scripts from elsewhere.
+        # These pages load scripts from other servers.
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        # Records of exceptions would hold what clients wrote.
+        # Recorded exceptions would contain text from clients.
         telemetry={"logs": False, "auto_configure": False},
         exception_handlers={HTTPException: _refuse_http, RequestValidationError: _refuse_body},
     )
@@ -124,7 +124,7 @@ def create_app(service: Service, settings: Settings | None = None) -> FastAPI:
         return JSONResponse([asdict(document) for document in load_documents()], headers=PAGE_HEADERS)
 
     app.mount(PAGE_PATH.rstrip("/"), _Page(directory=settings.page, check_dir=False))
-    # The last one added is the first one asked.
+    # The middleware added last runs first.
     app.add_middleware(Access, keys=settings.keys, gate=Gate(settings.limits), hosts=settings.hosts)
     app.add_middleware(Observed, metrics=metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -142,7 +142,7 @@ async def _refuse_body(request: Request, error: Exception) -> Response:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: FastAPI's, without the status 422 that it adds everywhere and that never occurs here."""
+    """FastAPI's OpenAPI document without status 422, which this server never returns."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for operations in document["paths"].values():

@@ -1,4 +1,4 @@
-"""What request and response bodies share: a strict base, and the kinds of fields that several bodies have."""
+"""Base classes and common fields of request and response bodies."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from kveraser.serve.types import Action, Erasing
 from kveraser.text.spans import selector_from_json
 
 WHOLE = 2**31 - 1
-"""Larger numbers of tokens, messages or steps mean nothing."""
+"""Maximum number of tokens, messages or steps in a request."""
 
 
 class Request(BaseModel):
-    """A request body: types are not converted, unknown fields are refused, numbers are finite."""
+    """A request body. Types are not converted, unknown fields are refused, and numbers must be finite."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Reply(BaseModel):
-    """A response body. A field without default is always there."""
+    """A response body. Fields without a default are always present."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 def only(neutral: Any, why: str) -> BeforeValidator:
-    """Lets through null and the value that asks for nothing; refuses all others, saying why."""
+    """Accept null and the neutral value; refuse all others with the reason `why`."""
 
     def check(value: Any) -> Any:
         if value is not None and value != neutral:
@@ -50,7 +50,7 @@ def only(neutral: Any, why: str) -> BeforeValidator:
 
 
 def _library(check: Callable[[Any], Any]) -> AfterValidator:
-    """Lets the library judge a value, in its own words."""
+    """Validate a value with a function of the library, and report its error."""
 
     def checked(value: Any) -> Any:
         try:
@@ -67,7 +67,7 @@ Hint = Annotated[Any, Field(description="Accepted and without effect.")]
 NO_EFFECT = "Accepted and without effect, which the reply's `kveraser.warnings` says."
 
 Ignored = Annotated[Any, Field(description=NO_EFFECT)]
-"""A field of other servers that asks for what this one does not do, and does no harm by being left out."""
+"""A field of other servers that this one does not support and can safely ignore."""
 
 
 def ignored(body: BaseModel) -> list[str]:
@@ -82,7 +82,7 @@ def ignored(body: BaseModel) -> list[str]:
 
 MethodName = Annotated[
     str,
-    # What the library parses is a call in Python's syntax: only names and numbers reach it from outside.
+    # The library parses calls in Python's syntax: accept only names and numbers.
     Field(
         pattern=r"^[a-z_+]+(\(([a-z_]+=)?[0-9.]+(, ?([a-z_]+=)?[0-9.]+)*\))?$",
         max_length=64,
@@ -166,7 +166,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class SamplingFields(Request):
-    """How an answer is decoded, as OpenAI names it."""
+    """Sampling settings, with OpenAI's names."""
 
     max_tokens: int | None = Field(None, ge=1, le=WHOLE)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -185,12 +185,12 @@ class SamplingFields(Request):
     @field_validator("stop", mode="before")
     @classmethod
     def _stop(cls, stop: Any) -> Any:
-        # Clients that write every field mean none by an empty text.
+        # Clients that write every field send an empty text for none.
         left = [one for one in stop if one != ""] if isinstance(stop, list) else stop
         return None if left in ("", []) else left
 
     def sampling(self, temperature: float, max_tokens: int | None, logprobs: int | None) -> Sampling:
-        """The settings; `temperature` where the request names none."""
+        """The settings; `temperature` is the default."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
             max_tokens=max_tokens,
@@ -209,17 +209,17 @@ class SamplingFields(Request):
 
 
 def budget_fits(method: str | None, max_kl: float | None) -> None:
-    """A budget is for the method that chooses among all.
+    """Check that a budget is given only for method `auto`.
 
     Raises:
-        ValueError: there is a budget beside another method.
+        ValueError: a budget is given for another method.
     """
     if max_kl is not None and method not in (None, "auto"):
         raise ValueError(f"max_kl is the budget of method auto, but the method is {method}: leave one of them out")
 
 
 class KVEraserFields(Request):
-    """How removed parts of the history are erased from the cache, for this request."""
+    """How parts removed from the history are erased from the cache."""
 
     method: MethodName | None = Field(None, description="`recompute` asks for an exact answer; null: the server's own.")
     max_kl: float | None = Field(None, ge=0, description="The cheapest method within this budget, nats per token.")
@@ -234,12 +234,12 @@ class KVEraserFields(Request):
         return self
 
     def erasing(self) -> Erasing:
-        """The same for the service."""
+        """Convert to the type of the service."""
         return Erasing(self.method, self.max_kl, self.now_then_exact)
 
 
 class Happening(Reply):
-    """What the request did to the cache that answered it."""
+    """The cache operations of the request."""
 
     action: Action = Field(
         description="`prefill`: nothing cached was used; `append`: text was added; `erase`: spans were erased from the "
@@ -276,7 +276,7 @@ class Usage(Reply):
 
 
 class ErrorObject(Reply):
-    """What was wrong, and what to do."""
+    """The problem and its solution."""
 
     message: str
     type: str
@@ -285,6 +285,6 @@ class ErrorObject(Reply):
 
 
 class ErrorReply(Reply):
-    """Every error of the server."""
+    """The body of every error."""
 
     error: ErrorObject

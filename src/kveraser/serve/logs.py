@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, about requests and errors, and never what a client or the model wrote."""
+"""Structured logs: one JSON object per line, without any text from clients or the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGGER = "kveraser.serve"
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a record; `fields` given as `extra` stand beside the event."""
+    """Formats a record as a JSON object; `fields` in `extra` become keys beside the event."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -39,12 +39,12 @@ def configure(level: str = "info", stream: TextIO | None = None) -> None:
 
 
 def log(event: str, level: int = logging.INFO, **fields: Any) -> None:
-    """Write one line. Callers give names, numbers and ids; nothing that came in a body."""
+    """Log an event. Fields must be names, numbers and ids, never text from a body."""
     logging.getLogger(LOGGER).log(level, event, extra={"fields": fields})
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
-    """An error as a log may hold it: its kind and where it came from, without its message, which may quote contents."""
+    """The class and stack of an error, without its message, which may quote contents."""
     frames = traceback.extract_tb(error.__traceback__)
     return {
         "error": type(error).__name__,

@@ -1,4 +1,4 @@
-"""Messages and tools in OpenAI's format: what clients may send, and the plain form that chat templates take."""
+"""Messages and tools in OpenAI's format, and their conversion for chat templates."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ OTHER_PARTS = {
     "image_url": "images", "input_image": "images", "image": "images", "input_audio": "audio", "audio": "audio",
     "video_url": "videos", "video": "videos", "file": "files", "input_file": "files", "document": "documents",
 }  # fmt: skip
-"""Kinds of content parts that models of other servers read, in words."""
+"""Names of unsupported content parts, for error messages."""
 
 
 class _Echoed(BaseModel):
-    """A part of a message; clients send back what servers added to it, and that is left out."""
+    """A part of a message. Unknown fields, which clients return from replies of other servers, are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -30,7 +30,7 @@ class TextPart(_Echoed):
 
 
 class CalledFunction(_Echoed):
-    """A function with its arguments, which are JSON in a text."""
+    """A function with its arguments as JSON text."""
 
     name: str = Field(min_length=1)
     arguments: str
@@ -48,7 +48,7 @@ class CalledFunction(_Echoed):
 
 
 class ToolCall(_Echoed):
-    """A call that the assistant made."""
+    """A tool call of the assistant."""
 
     id: str = Field(min_length=1)
     type: Literal["function"] = "function"
@@ -91,7 +91,7 @@ class ChatMessage(_Echoed):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
+        """The message as a dictionary for chat templates."""
         content = self.content if isinstance(self.content, str | None) else "".join(part.text for part in self.content)
         read: dict[str, Any] = {"role": self.role, "content": content}
         if self.name is not None:
@@ -111,12 +111,12 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 def answered(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The messages, when every tool result among them answers a call before it.
+    """Check that every tool result answers an earlier call, and return the messages.
 
-    A call without its result is fine: dropping results from the history is what this server is for.
+    Calls without results are accepted, since clients may remove results from the history.
 
     Raises:
-        ValueError: a result of a call that does not exist.
+        ValueError: the call of a result does not exist.
     """
     known: set[str] = set()
     for index, message in enumerate(messages):
@@ -148,5 +148,5 @@ class Tool(Request):
     function: FunctionDescription
 
     def plain(self) -> dict[str, Any]:
-        """The tool as chat templates take it."""
+        """The tool as a dictionary for chat templates."""
         return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}

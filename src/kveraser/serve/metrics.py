@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus: requests, tokens, times, and what the caches hold."""
+"""Prometheus metrics: requests, tokens, durations, and the state of the caches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kveraser.serve.types import Finished, Started
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
-"""Borders of the histograms' buckets."""
+"""Bucket boundaries of the histograms."""
 
 
 class _Held(Collector):
-    """The service's own numbers, read when Prometheus asks."""
+    """Gauges of the service's status, read on collection."""
 
     def __init__(self, status: Callable[[], Mapping[str, float]]) -> None:
         self.status = status
@@ -27,15 +27,15 @@ class _Held(Collector):
             yield GaugeMetricFamily(f"kveraser_{name}", f"Service: {name.replace('_', ' ')}.", value=value)
 
     def describe(self) -> list[GaugeMetricFamily]:
-        # Without it, registering would ask the service, which may not be ready.
+        # Otherwise registration would call `status`, and the service may not be ready.
         return []
 
 
 class Metrics:
-    """One server's metrics, in a registry of their own.
+    """The metrics of one server, in their own registry.
 
     Args:
-        status: the service's numbers: contexts, sessions, bytes held and spilled, queue and streams.
+        status: of the service: contexts, sessions, bytes held and spilled, queue and streams.
     """
 
     def __init__(self, status: Callable[[], Mapping[str, float]]) -> None:
@@ -88,32 +88,32 @@ class Metrics:
         )
 
     def began(self) -> None:
-        """A request came in."""
+        """Count a new request."""
         self._running.inc()
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A request's response has ended. `route` is a route's pattern, never a path that a client wrote."""
+        """Count a finished response. `route` is the pattern of a route, never a path from a client."""
         self._running.dec()
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def _longest(self) -> float:
         now = time.monotonic()
-        # Another thread may read this while answers come and go.
+        # Copied, because another thread may call this while answers begin and end.
         return now - min([*self._since.values()], default=now)
 
     def asked(self, answer: int) -> None:
-        """The answer of this number is under way."""
+        """Count the request of the answer with this number."""
         self._since[answer] = time.monotonic()
         self._phases.labels("reading").inc()
 
     def written(self, answer: int, begun: bool) -> None:
-        """It has ended, however it did; `begun`: its prompt had been read."""
+        """Count its end, successful or not; `begun`: whether its prompt had been read."""
         if self._since.pop(answer, None) is not None:
             self._phases.labels("writing" if begun else "reading").dec()
 
     def started(self, started: Started, seconds: float) -> None:
-        """An answer has begun, `seconds` after its request."""
+        """Count the beginning of an answer, `seconds` after its request."""
         self._phases.labels("reading").dec()
         self._phases.labels("writing").inc()
         self._first_token.labels(started.what.action).observe(seconds)
@@ -128,10 +128,10 @@ class Metrics:
             self._tokens.labels(kind).inc(count)
 
     def finished(self, finished: Finished) -> None:
-        """An answer is complete."""
+        """Count a complete answer."""
         self._tokens.labels("completion").inc(finished.completion_tokens)
         self._answers.labels(finished.what.action, finished.finish_reason).inc()
 
     def render(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""From messages or a prompt to the tokens that a context is to hold, and where messages begin among them."""
+"""Conversion of messages or a prompt to the tokens that a context should hold, with message boundaries."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Reading:
-    """A request as tokens.
+    """The tokens of a request.
 
     Attributes:
-        text: all of it, with what edits clear.
+        text: the whole text, including cleared parts.
         tokens, offsets: of the whole text.
-        stays: places of the tokens that no edit clears.
-        applied: what the edits did, as the response tells it.
+        stays: indices of the tokens that no edit clears.
+        applied: reports of the applied edits.
     """
 
     tokenizer: Any = field(repr=False)
@@ -41,7 +41,7 @@ class Reading:
 
     @cached_property
     def wanted(self) -> tuple[int, ...]:
-        """The tokens that the context is to hold."""
+        """The tokens that the context should hold."""
         return tuple(self.tokens[place] for place in self.stays)
 
     def rest(self, kept: int, end: int | None = None) -> TokenizedText:
@@ -51,7 +51,7 @@ class Reading:
         reached = self.offsets[before][1] if kept else 0
         for place in self.stays[kept:end]:
             start, stop = self.offsets[place]
-            # Text between tokens goes with the one behind it; behind a cleared token there is none.
+            # Text between tokens belongs to the next one, except after a cleared token.
             piece = self.text[reached if place == before + 1 else max(start, reached) : stop]
             offsets.append((max(0, len(text) + len(piece) - (stop - start)), len(text) + len(piece)))
             text += piece
@@ -59,9 +59,9 @@ class Reading:
         return TokenizedText(text, self.wanted[kept:end], tuple(offsets))
 
     def borders(self, first: int, last: int) -> list[int]:
-        """Which of the places `[first, last]` among the wanted tokens are borders of messages.
+        """Indices in `[first, last]` of the wanted tokens at which a message begins.
 
-        Only messages near them are rendered for it, since a border is where rendering the messages before it ends.
+        Only prefixes of the conversation that end near these indices are rendered.
         """
         starts = [*(self.offsets[place][0] for place in self.stays), len(self.text)]
         if not self.messages or first >= len(starts):
@@ -74,7 +74,7 @@ class Reading:
                 try:
                     ends[count] = unescaped(chat.render(self.tokenizer, self.messages[:count], self.options))
                 except InputError:
-                    # A conversation that can't stop here ends where the next message does.
+                    # The template can't end the conversation here: use the end of the next message.
                     return end(count + 1) if count < len(self.messages) else len(self.text)
             return len(ends[count])
 
@@ -92,14 +92,14 @@ class Reading:
 def read_messages(
     tokenizer: Any, messages: Messages, options: ChatOptions = DEFAULT_OPTIONS, edits: Sequence[ToolResultEdit] = ()
 ) -> Reading:
-    """A conversation with the opening of its reply, and what `edits` leave of it.
+    """Render a conversation with the opening of its reply, and apply `edits`.
 
-    What an edit clears is taken out of the tokens of the whole, which are not made anew at the seams, so that a context
-    that holds the whole has to be erased from and no more. Where the template writes something else for an emptied
+    Cleared text is removed from the tokens of the whole conversation without tokenizing again at the span boundaries,
+    so that a context with the whole conversation only needs an erase. If the template writes other text for an emptied
     message, the edited conversation is rendered instead.
 
     Raises:
-        InputError: see `chat.render`; also an empty conversation.
+        InputError: the conversation is empty, or as in `chat.render`.
     """
     if not messages:
         raise InputError("the conversation is empty: give at least one message")
@@ -139,15 +139,15 @@ def read_messages(
 
 
 def read_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> Reading:
-    """A prompt as it is, a text with the tokenizer's own beginning-of-text marker in front.
+    """Read a prompt of text or token ids. Text gets the beginning-of-text token of the tokenizer, if it has one.
 
     Raises:
-        InputError: empty, half a character, or token ids that the tokenizer does not have.
+        InputError: the prompt is empty, contains unpaired surrogates, or unknown token ids.
     """
     if not prompt:
         raise InputError("the prompt is empty: give some text or tokens")
     if isinstance(prompt, str):
-        # Clients of completions write the control tokens themselves.
+        # Clients of completions write control tokens themselves.
         check_characters(prompt, "the prompt")
         read = tokenize(tokenizer, prompt, special=True)
         return Reading(tokenizer, read.text, read.tokens, read.offsets, range(len(read.tokens)))
@@ -161,13 +161,13 @@ def read_prompt(tokenizer: Any, prompt: str | Sequence[int]) -> Reading:
 def exchanged(
     tokenizer: Any, question: str, prompt: str, said: int, before: int, body_start: int | None
 ) -> TokenizedText:
-    """The text that closes an answer's turn; question and answer stand before it as messages, at negative places.
+    """The text that closes the turn of an answer, with the message ranges of question and answer at negative offsets.
 
     Args:
-        prompt: the question as it was added.
-        said: characters of the answer.
-        before: characters of the context before the question.
-        body_start: where the text begins whose open turn the question goes on with; None: it has a turn of its own.
+        prompt: the rendered question.
+        said: number of characters of the answer.
+        before: number of characters of the context before the question.
+        body_start: offset of the text whose open turn the question continues; None: the question has its own turn.
     """
     opening = chat.reply_opening(tokenizer)
     asked = -said - len(prompt)
@@ -184,7 +184,7 @@ def exchanged(
 
 
 def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Callable[[Messages], Messages]]:
-    """What clearing a use does to the conversation; nothing where there is nothing left of it."""
+    """The changes that clear a tool use; empty if it is already cleared."""
     steps = [partial(without_result, use=use), *([partial(without_inputs, use=use)] if edit.clears_inputs(use) else [])]
     return [step for step in steps if step(messages) != list(messages)]
 
@@ -192,7 +192,7 @@ def _changes(edit: ToolResultEdit, messages: Messages, use: ToolUse) -> list[Cal
 def _contents_gone(
     tokenizer: Any, messages: Messages, left: Messages, options: ChatOptions, text: str
 ) -> list[tuple[int, int]] | None:
-    """The gaps that emptied contents leave, found by rendering once for all; None where more than contents changed."""
+    """The character ranges of emptied contents, from a single rendering; None if the rest of the text changed, too."""
     pairs = enumerate(zip(messages, left, strict=True))
     gone = [index for index, (one, other) in pairs if one["content"] != other["content"]]
     places = set(gone)
@@ -211,7 +211,7 @@ def _contents_gone(
 
 
 def _gap(text: str, shorter: str) -> tuple[int, int] | None:
-    """The characters of `text` without which it is `shorter`; None where it takes more than one gap."""
+    """The single range of characters whose removal from `text` gives `shorter`; None if there is none."""
     missing = len(text) - len(shorter)
     start = next(
         (place for place, (one, other) in enumerate(zip(text, shorter, strict=False)) if one != other), len(shorter)

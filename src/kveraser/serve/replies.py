@@ -1,4 +1,4 @@
-"""Reply bodies of chat completions, completions and models, as OpenAI's API has them, with what this server adds."""
+"""Reply bodies of chat completions, completions and models: those of OpenAI's API with additional fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kveraser.serve.messages import ToolCall
 
 
 class TopLogprob(Reply):
-    """A likely token with its log-probability; `bytes` is null where it is part of a character."""
+    """A likely token with its log-probability; `bytes` is null for an incomplete character."""
 
     token: str
     logprob: float
@@ -17,7 +17,7 @@ class TopLogprob(Reply):
 
 
 class TokenLogprobs(TopLogprob):
-    """A chosen token, and the likeliest ones at its place."""
+    """A chosen token, and the most likely tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -39,7 +39,7 @@ class AssistantMessage(Reply):
 
 
 class ChatChoice(Reply):
-    """The one answer."""
+    """The answer."""
 
     index: Literal[0] = 0
     message: AssistantMessage
@@ -48,7 +48,7 @@ class ChatChoice(Reply):
 
 
 class AppliedEdits(Reply):
-    """What context management did."""
+    """The applied context edits."""
 
     applied_edits: list[dict[str, Any]]
 
@@ -76,7 +76,7 @@ class CompletionLogprobs(Reply):
 
 
 class CompletionChoice(Reply):
-    """The one completion."""
+    """The completion."""
 
     index: Literal[0] = 0
     text: str
@@ -85,7 +85,7 @@ class CompletionChoice(Reply):
 
 
 class CompletionReply(Reply):
-    """What follows a text."""
+    """The continuation of a text."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -107,7 +107,7 @@ class ModelReply(Reply):
 
 
 class ModelsReply(Reply):
-    """The models of this server."""
+    """The served models."""
 
     object: Literal["list"] = "list"
     data: list[ModelReply]

@@ -1,4 +1,4 @@
-"""Tool calls by the response template that a tokenizer comes with (`get_response_parser` of transformers)."""
+"""Tool calls parsed with the response template of a tokenizer (`get_response_parser` of transformers)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from kveraser.text.template import REASONING
 
 
 class TemplateReader:
-    """Takes an answer apart by the tokenizer's response template; used as `CallReader` is.
+    """Splits an answer into text and tool calls with the tokenizer's response template. Same interface as `CallReader`.
 
     Reasoning is shown between `<think>` markers, as models without a response template write it. A call that the
-    template can't read stays text.
+    template can't parse remains text.
 
     Args:
         tokenizer: has a `response_template`.
-        tools: as the chat template gets them; arguments get the types that these ask for.
-        prefix: the text that opens the reply.
-        most: calls to read; further ones are dropped. None: all.
-        make_id: gives each call its id.
+        tools: as in the chat template; arguments are converted to the types in their schemas.
+        prefix: the text that the template writes at the start of the reply.
+        most: maximum number of calls; others are dropped. None: no limit.
+        make_id: returns the id of a new call.
     """
 
     show_special = True
-    """The template looks for special tokens in the answer's text."""
+    """The template needs special tokens in the answer's text."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class TemplateReader:
         self._broken = False
 
     def feed(self, text: str) -> tuple[str, list[Call]]:
-        """The text to show and the calls to report after `text` came in."""
+        """Add text of the answer; returns the text to show and the calls to report."""
         return self._read(lambda: self._parser.feed(text), text)
 
     def finish(self) -> tuple[str, list[Call]]:
-        """What is still held back when the answer ends."""
+        """End the answer; returns the remaining text and calls."""
         return self._read(lambda: self._parser.finalize()[1], "")
 
     def _read(self, parse: Callable[[], list[dict[str, Any]]], text: str) -> tuple[str, list[Call]]:
@@ -55,7 +55,7 @@ class TemplateReader:
         try:
             events = parse()
         except ValueError:
-            # No JSON where the template wants some: from here on all is text.
+            # The template expects JSON and there is none: treat the rest as text.
             self._broken = True
             return self._body + text, []
         shown, calls = "", list[Call]()

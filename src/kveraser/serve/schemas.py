@@ -1,4 +1,4 @@
-"""Request bodies of chat completions and completions, as OpenAI's API has them, with what this server adds."""
+"""Request bodies of chat completions and completions: those of OpenAI's API with additional fields."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ClearToolUses(Request):
     clear_tool_inputs: bool | list[str] | None = Field(None, description="Clear the calls' arguments as well.")
 
     def edit(self) -> ToolResultEdit:
-        """The same for the service."""
+        """Convert to the type of the service."""
         given: dict[str, Any] = {}
         if isinstance(self.trigger, InputTokens):
             given["trigger_input_tokens"] = self.trigger.value
@@ -66,7 +66,7 @@ class ClearToolUses(Request):
 
 
 class ContextManagement(Request):
-    """Edits to the conversation before the model sees it."""
+    """Edits to the conversation before the model reads it."""
 
     edits: list[ClearToolUses] = Field(default_factory=list, max_length=8)
 
@@ -75,7 +75,7 @@ class ContextManagement(Request):
 
 
 class StreamOptions(Request):
-    """What a stream carries beside the answer."""
+    """Additional content of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Hint = None
@@ -83,7 +83,7 @@ class StreamOptions(Request):
 
 
 class GenerationRequest(SamplingFields):
-    """What requests for an answer have in common."""
+    """Common fields of requests for an answer."""
 
     model: str
     stream: bool | None = None
@@ -114,7 +114,7 @@ class GenerationRequest(SamplingFields):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What of the request has no effect."""
+        """Parts of the request that have no effect."""
         names = [
             *ignored(self),
             *(f"stream_options.{name}" for name in ignored(self.stream_options or StreamOptions())),
@@ -185,7 +185,7 @@ class ChatRequest(GenerationRequest):
         return self
 
     def chat_options(self) -> ChatOptions:
-        """What the conversation is rendered with."""
+        """The options for rendering the conversation."""
         named = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
         given = {name: value for name, value in named.items() if value is not None}
         return ChatOptions(
@@ -195,7 +195,7 @@ class ChatRequest(GenerationRequest):
         )
 
     def turn(self) -> Turn:
-        """The same for the service."""
+        """Convert to the type of the service."""
         edits = self.context_management.edits if self.context_management is not None else []
         most = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         return Turn(
@@ -213,7 +213,7 @@ PromptText = Annotated[str, Field(min_length=1)]
 
 
 class CompletionRequest(GenerationRequest):
-    """A request for what follows a text, without a chat template."""
+    """A request for the continuation of a text, without a chat template."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -237,7 +237,7 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _prompt(cls, prompt: Any) -> Any:
-        # One clear sentence instead of a complaint for each of the four forms.
+        # One error message instead of one for each of the four types.
         texts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, list) or not texts or "" in texts or [] in texts:
             raise ValueError("the prompt is empty, or neither text nor token ids: give one of them")
@@ -246,7 +246,7 @@ class CompletionRequest(GenerationRequest):
         return prompt
 
     def turn(self) -> Turn:
-        """The same for the service."""
+        """Convert to the type of the service."""
         prompt: Any = self.prompt
         if isinstance(prompt, list) and not isinstance(prompt[0], int):
             prompt = prompt[0]

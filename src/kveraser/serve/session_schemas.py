@@ -1,4 +1,4 @@
-"""Bodies of the sessions' routes."""
+"""Request and response bodies of the session routes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kveraser.serve.messages import Messages, Tool, answered
 from kveraser.serve.types import Caches
 
 LONGEST_LIFE = 366 * 24 * 3600.0
-"""Most seconds that a session is kept unused."""
+"""Maximum time to live of an unused session, in seconds."""
 
 Words = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
@@ -50,7 +50,7 @@ def _examples(*bodies: dict[str, Any]) -> ConfigDict:
 
 
 class Contents(Request):
-    """What a session is made of, or what is added to it: messages or a text."""
+    """The contents of a session or an addition to it: messages or a text."""
 
     messages: Messages | None = None
     text: Words | None = None
@@ -65,12 +65,12 @@ class Contents(Request):
         return self
 
     def plain_messages(self) -> list[dict[str, Any]] | None:
-        """The messages as chat templates take them."""
+        """The messages as dictionaries for chat templates."""
         return None if self.messages is None else [message.plain() for message in self.messages]
 
 
 class NewSession(Contents):
-    """A session to make."""
+    """A new session."""
 
     model_config = _examples({"messages": CONVERSATION}, {"text": "The ship left at noon. The captain is Ada."})
 
@@ -87,13 +87,13 @@ class NewSession(Contents):
 
 
 class NewMessages(Contents):
-    """What is added to a session."""
+    """An addition to a session."""
 
     model_config = _examples({"messages": [{"role": "user", "content": "And when does it arrive?"}]})
 
 
 class ViewQuery(BaseModel):
-    """How much to show of a session; the one body that comes as a query, whose values are texts."""
+    """Query parameters of a session view. They are texts, so types are converted."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -101,7 +101,7 @@ class ViewQuery(BaseModel):
 
 
 class EraseRequest(Request):
-    """What to erase, and how."""
+    """Spans to erase, and the method."""
 
     model_config = _examples(
         {"spans": ["shelf 44"], "method": "repair(32)"},
@@ -121,7 +121,7 @@ class EraseRequest(Request):
 
 
 class UndoRequest(Request):
-    """How many operations to take back."""
+    """Number of operations to undo."""
 
     model_config = _examples({"steps": 1})
 
@@ -129,7 +129,7 @@ class UndoRequest(Request):
 
 
 class ProbeFields(Request):
-    """A question of an audit, with what it is for."""
+    """A question of an audit, and its kind."""
 
     question: Words
     kind: ProbeKind = "influence"
@@ -138,7 +138,7 @@ class ProbeFields(Request):
 
 
 class AuditRequest(Request):
-    """What to measure the erases with; by default with questions built from the spans and their surroundings."""
+    """Probes of an audit; by default, questions built from the spans and their surroundings."""
 
     model_config = _examples({"probes": ["Where is my parcel?"], "secrets": ["Rome", "44"]}, {})
 
@@ -149,7 +149,7 @@ class AuditRequest(Request):
         """The probes for the library.
 
         Raises:
-            KVEraserError: it finds one wrong.
+            KVEraserError: a probe is invalid.
         """
         if self.probes is None:
             return None
@@ -174,7 +174,7 @@ class AskRequest(SamplingFields):
         return self
 
     def settings(self) -> Sampling:
-        """How the answer is decoded."""
+        """The sampling settings."""
         return self.sampling(0.0, self.max_tokens, self.logprobs)
 
 
@@ -220,7 +220,7 @@ class SessionsReply(Reply):
 
 
 class DeletedReply(Reply):
-    """A session that is no more."""
+    """The confirmation of a deletion."""
 
     id: str
     object: Literal["session.deleted"] = "session.deleted"
@@ -228,21 +228,21 @@ class DeletedReply(Reply):
 
 
 class ReceiptReply(Reply):
-    """What an erase did; the attributes of `kveraser.Receipt`."""
+    """The receipt of an erase, with the attributes of `kveraser.Receipt`."""
 
     object: Literal["receipt"] = "receipt"
     receipt: dict[str, Any]
 
 
 class AuditReply(Reply):
-    """What the erases achieved; the attributes of `kveraser.Audit`."""
+    """An audit of the erases, with the attributes of `kveraser.Audit`."""
 
     object: Literal["audit"] = "audit"
     audit: dict[str, Any]
 
 
 class MethodReply(Reply):
-    """A way of erasing that the server has."""
+    """An erasing method."""
 
     name: str
     summary: str
@@ -255,7 +255,7 @@ class MethodReply(Reply):
 
 
 class MethodsReply(Reply):
-    """The ways of erasing."""
+    """The available erasing methods."""
 
     object: Literal["list"] = "list"
     data: list[MethodReply]
@@ -287,7 +287,7 @@ class LikelyToken(Reply):
 
 
 class AnswerToken(LikelyToken):
-    """A token of an answer, and the likeliest ones at its place."""
+    """A token of an answer, and the most likely tokens at its position."""
 
     top: list[LikelyToken]
 

@@ -1,4 +1,4 @@
-"""Sessions that clients make and edit by hand: each a promise that its acknowledged state comes back or is gone."""
+"""Sessions that clients create and edit. Each is restored at its acknowledged state or reported as gone."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ from kveraser.text.tokenized import TokenizedText, tokenize
 T = TypeVar("T")
 
 TOKEN_CHARACTERS = 128
-"""No text has more characters a token."""
+"""Upper bound on the characters per token of any text."""
 SESSION_RETRY_SECONDS = 60.0
-"""When to come back where a key has as many sessions as it may: others end by themselves only after hours."""
+"""When a client with too many sessions should retry: sessions expire only after hours."""
 PATTERN_SECONDS = 0.5
-"""How long a client's regular expression may look."""
+"""Time limit for a regular expression of a client."""
 MOST_PATTERNS = 8
-"""In one request."""
+"""Per request."""
 PATTERN_CHARACTERS = 1000
-"""Of a client's regular expression, at most."""
+"""Maximum length of a regular expression."""
 
 
 @dataclass(frozen=True)
 class TimedPattern:
-    """A `Pattern` that gives up after a while: some expressions take for ever on some texts."""
+    """A `Pattern` with a time limit, since some expressions take exponential time."""
 
     pattern: str
     occurrence: int | None
 
     def resolve(self, transcript: Transcript) -> list[Span]:
-        """As `Pattern.resolve`; also SpanError for one that takes too long."""
+        """See `Pattern.resolve`. Also raises SpanError if the search exceeds the time limit."""
         try:
             matches = regex.compile(self.pattern, regex.V0).finditer(
                 transcript.text, transcript.body_start, timeout=PATTERN_SECONDS
@@ -87,10 +87,10 @@ class TimedPattern:
 
 
 def read_selectors(value: Any) -> list[Selector]:
-    """One selector as `selector_from_json` reads it, or a list of them; two whole numbers are a range of characters.
+    """Read a selector as `selector_from_json` does, or a list of them; two integers are a range of characters.
 
     Raises:
-        SpanError: none of these forms, too many patterns, or one that is too long.
+        SpanError: invalid selectors, too many patterns, or a pattern that is too long.
     """
     several = isinstance(value, list) and not (len(value) == 2 and all(type(bound) is int for bound in value))
     selectors = [selector_from_json(one) for one in (value if several else [value])]
@@ -104,12 +104,12 @@ def read_selectors(value: Any) -> list[Selector]:
 
 
 class Sessions:
-    """What clients do with their sessions. An operation on a session waits for the one before it; while an answer is
-    being decoded from it, everything but reading is refused.
+    """Operations on sessions. Operations on the same session run one after another; while it is answering, only reading
+    is possible.
 
     Args:
-        tokenizer: for this class alone, on the event loop's thread.
-        conversations: answer from the caches that a session is compared with.
+        tokenizer: used only by this class, on the event loop's thread.
+        conversations: answers from the contexts that a session is compared with.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Sessions:
     # Making and reading
 
     async def create(self, owner: str, rendered: TokenizedText, turn_open: bool, ttl: float | None) -> SessionView:
-        """A session of a text, prefilled and recorded."""
+        """Create, prefill and record a session."""
         limits = self.store.limits
         self._check_count(owner)
         self._check_room(0, len(rendered.tokens))
@@ -164,7 +164,7 @@ class Sessions:
         return await self._read(owner, id, lambda entry, held: self._view(entry, held, contents))
 
     async def tokens(self, owner: str, id: str) -> Sequence[TokenView]:
-        """All its tokens."""
+        """All tokens of a session, including erased ones."""
 
         async def read(entry: Entry, held: Held) -> Sequence[TokenView]:
             return await self.scheduler.run(lambda: token_views(held.transcript)[: entry.measured.tokens])
@@ -172,9 +172,9 @@ class Sessions:
         return await self._read(owner, id, read)
 
     async def _read(self, owner: str, id: str, read: Callable[[Entry, Held], Awaitable[T]]) -> T:
-        """Read a session between the engine's turns, while it is answering too.
+        """Read a session between turns of the engine, even while it is answering.
 
-        Then the question stands in its transcript already: only the tokens that were measured are the session's.
+        The transcript then includes the question already, but only the measured tokens belong to the session.
         """
         entry = self.store.session(owner, id)
         if entry.held is not None and entry.streaming:
@@ -210,7 +210,7 @@ class Sessions:
         text: str | None,
         allow_special: bool = False,
     ) -> SessionView:
-        """Add messages, or text."""
+        """Append messages or text."""
 
         async def append(entry: Entry, held: Held) -> SessionView:
             rendered = self._continuation(entry, messages, text, ChatOptions(allow_special=allow_special))
@@ -258,7 +258,7 @@ class Sessions:
         selectors = read_selectors(what)
 
         async def erase(entry: Entry, held: Held) -> dict[str, Any]:
-            # Undo keeps as much as the erase changes; `auto` compares with two prefills.
+            # Undo states take up to the size of the context; `auto` compares with two prefills.
             compared = 2 * entry.measured.tokens if method == "auto" or max_kl is not None else 0
             await self.store.reserve(entry, compared, entry.bytes)
 
@@ -309,7 +309,7 @@ class Sessions:
         return await self._change(owner, id, audit)
 
     async def fork(self, owner: str, id: str) -> SessionView:
-        """An independent copy, recorded as a session of its own."""
+        """Make and record an independent copy."""
 
         async def fork(origin: Entry, held: Held) -> SessionView:
             self._check_count(owner)
@@ -328,7 +328,7 @@ class Sessions:
         return await self._change(owner, id, fork)
 
     async def delete(self, owner: str, id: str) -> None:
-        """Delete a session, and what was made to compare it with; their states are overwritten."""
+        """Delete a session and the contexts created for comparison with it. Their states are overwritten."""
         entry = self._free(owner, id)
 
         async def delete() -> None:
@@ -344,7 +344,7 @@ class Sessions:
     async def ask(
         self, owner: str, id: str, question: str, sampling: Sampling, keep: bool, caches: Caches
     ) -> AsyncGenerator[Event, None]:
-        """Ask the session itself, or a context that it is compared with."""
+        """Ask the session, or a context that it is compared with."""
         check_length(self.engine.max_positions, question)
         if caches != "edited":
             if keep:
@@ -358,7 +358,7 @@ class Sessions:
                 yield event
 
     async def _compared(self, entry: Entry, held: Held, question: str, caches: Caches) -> Reading:
-        """The session's tokens, all of them or the live ones, and the question."""
+        """All tokens or the live tokens of the session, and the question."""
         added = self._question(entry, question)
 
         def read() -> Reading:
@@ -427,10 +427,10 @@ class Sessions:
 
     @asynccontextmanager
     async def _using(self, owner: str, id: str, streaming: bool = False) -> AsyncIterator[tuple[Entry, Held]]:
-        """The session for oneself, in memory."""
+        """Lock the session and load it into memory."""
         entry = self._free(owner, id)
         async with entry.lock:
-            # It may have gone while this waited.
+            # It may have been removed in the meantime.
             self._free(owner, id)
             entry.streaming = streaming
             try:
@@ -439,7 +439,7 @@ class Sessions:
                 entry.streaming, entry.reserved = False, 0
 
     async def _change(self, owner: str, id: str, change: Callable[[Entry, Held], Awaitable[T]]) -> T:
-        """Run an operation to its end, even when nobody waits for it any more: it may have been done by then."""
+        """Run an operation to its end even if the request is cancelled."""
 
         async def run() -> T:
             async with self._using(owner, id) as (entry, held):
@@ -453,18 +453,18 @@ class Sessions:
 
     @asynccontextmanager
     async def _or_as_before(self, entry: Entry, held: Held, always: bool = False) -> AsyncIterator[None]:
-        """Take back what was added to a session, when something goes wrong or `always`."""
+        """Undo additions to a session after an exception, or always with `always`."""
         steps = entry.measured.undo_steps
 
         def take_back() -> int:
-            # Not by truncating: that would leave the last token run that waited before, and a later erase would differ.
+            # Truncation would leave a token run that was pending before, and a later erase would differ.
             if held.undo_steps > steps:
                 self.engine.undo(held, held.undo_steps - steps)
             return held.nbytes
 
         async def as_before() -> None:
             size = await self.scheduler.run(take_back, always=True)
-            # Buffers that have grown stay; at the same moment they are no longer what was set aside.
+            # Grown buffers remain; the reservation for them ends.
             entry.measured, entry.reserved = replace(entry.measured, bytes=size), 0
 
         try:
@@ -476,7 +476,7 @@ class Sessions:
             await self.background.surely(as_before())
 
     async def _settle(self, entry: Entry, turn_open: bool | None = None) -> None:
-        """Record a change, and that it can be undone."""
+        """Record a change and its undo steps."""
         before, opened = entry.measured.undo_steps, entry.turn_open if turn_open is None else turn_open
         await self.store.settle(entry)
         grown = entry.measured.undo_steps - before

@@ -1,4 +1,4 @@
-"""Tool calls in an answer's text, in the formats that model families document.
+"""Tool calls in the text of an answer, in the formats that model families document.
 
 `hermes` (Hermes, Qwen): `<tool_call>{json}</tool_call>`; `xml` (Qwen3-Coder): the same markers around
 `<function=name><parameter=key>value</parameter></function>`; `mistral`: `[TOOL_CALLS]` before a JSON list, or before a
@@ -18,7 +18,7 @@ OPENING, CLOSING = "<tool_call>", "</tool_call>"
 MISTRAL = "[TOOL_CALLS]"
 
 QUOTES = {"<think>": "</think>", "```": "```", "~~~": "~~~"}
-"""What opens text in which calls are only talked about, and what closes it."""
+"""Opening and closing markers of text in which calls are only quoted."""
 
 XML_CALL = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*", re.DOTALL)
 XML_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|$))", re.DOTALL)
@@ -34,28 +34,28 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call: `arguments` is a JSON object as text."""
+    """A tool call; `arguments` is a JSON object as text."""
 
     id: str
     name: str
     arguments: str
 
     def to_json(self) -> dict[str, Any]:
-        """The call as OpenAI's API has it."""
+        """The call in OpenAI's format."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 def new_id() -> str:
-    """An id that no other call has."""
+    """A unique id for a call."""
     return f"call_{token_hex(12)}"
 
 
 Parsed = tuple[list[tuple[str, str]], int]
-"""Names and arguments of calls, and how many characters they take; no call: characters that are text."""
+"""Names and arguments of calls, and their length in characters; without calls, the length of the text."""
 
 
 def formats_of(template: str) -> frozenset[str]:
-    """The formats of calls that a chat template documents; `hermes` where it documents none."""
+    """The call formats that a chat template documents; `hermes` if it documents none."""
     signs = {
         "hermes": OPENING in template and "<function=" not in template,
         "xml": "<function=" in template,
@@ -66,22 +66,22 @@ def formats_of(template: str) -> frozenset[str]:
 
 
 class CallReader:
-    """Takes an answer apart while it comes in: text, which can be shown at once, and tool calls, when they are whole.
+    """Splits an answer incrementally into text, to show immediately, and complete tool calls.
 
-    A call is decoded as JSON, so that markers within its arguments are part of them. No call is read within `<think>`
-    or a code fence. What only looks like a call (no JSON, no name) stays text, as does one that the answer ends in the
-    middle of. White space around calls belongs to the template and is left out.
+    Calls are decoded as JSON, so that markers within arguments are part of them. Calls within `<think>` or a code fence
+    are text, and so are malformed calls (no JSON, no name) and incomplete ones at the end of the answer. White space
+    around calls is dropped.
 
     Args:
-        most: calls to read; further ones are dropped. None: all.
-        make_id: gives each call its id.
+        most: maximum number of calls; others are dropped. None: no limit.
+        make_id: returns the id of a new call.
         formats: see `formats_of`.
-        names: the tools there are; an answer that is JSON as a whole is a call only with one of these names.
-        thinking: the template has opened `<think>` in front of the answer.
+        names: of the available tools; an answer that is entirely JSON is a call only with one of these names.
+        thinking: whether the template opens `<think>` before the answer.
     """
 
     show_special = False
-    """The answer's text comes without special tokens."""
+    """The answer's text must not contain special tokens."""
 
     def __init__(
         self,
@@ -101,12 +101,12 @@ class CallReader:
         self._markers = [*openings, *QUOTES]
 
     def feed(self, text: str) -> tuple[str, list[Call]]:
-        """The text to show and the calls to report after `text` came in."""
+        """Add text of the answer; returns the text to show and the calls to report."""
         self._held += text
         return self._advance(last=False)
 
     def finish(self) -> tuple[str, list[Call]]:
-        """What is still held back when the answer ends."""
+        """End the answer; returns the remaining text and calls."""
         shown, calls = self._advance(last=True)
         rest, self._held = self._held.rstrip() if self.calls else self._held, ""
         return shown + self._text(rest), calls
@@ -139,7 +139,7 @@ class CallReader:
         return shown + self._text(self._release()), calls
 
     def _next(self) -> tuple[int, str | None]:
-        """Where the next marker that matters stands."""
+        """The position of the next relevant marker, and the marker."""
         if self._bare:
             stripped = self._held.lstrip()
             if not stripped.startswith("{"):
@@ -151,7 +151,7 @@ class CallReader:
         return min(places, default=(len(self._held), None))
 
     def _parse(self, marker: str, body: str, last: bool) -> Parsed | None:
-        """The calls behind a marker; None: more text has to come."""
+        """Parse the calls after a marker; None: more text is needed."""
         if marker == "":
             parsed = self._bare_calls(body, last)
             self._bare = parsed is None
@@ -180,7 +180,7 @@ class CallReader:
             value, end = DECODER.raw_decode(body, len(body) - len(body.lstrip()))
             call = _call(value)
         except json.JSONDecodeError as error:
-            # A marker within an argument that goes on: the JSON ends inside a text.
+            # The marker is within an argument: the JSON ends inside a string.
             return None if not last and _unfinished(error, body) else ([], text)
         except (ValueError, RecursionError):
             return [], text
@@ -188,7 +188,7 @@ class CallReader:
         closed = body.startswith(CLOSING, end)
         if call is not None and not closed and not last and CLOSING.startswith(body[end:]):
             return None
-        # Some templates make the closing marker the end of the turn, which is no part of the answer's text.
+        # In some templates the closing marker ends the turn and is not in the answer's text.
         if call is None or not (closed or (last and end == len(body))):
             return [], text
         return [call], end + (len(CLOSING) if closed else 0)
@@ -213,7 +213,7 @@ class CallReader:
         return (found, len(body)) if last else None
 
     def _release(self) -> str:
-        """The part of the held text that no call can begin in."""
+        """Take the part of the pending text in which no call can begin."""
         start, marker = self._next()
         if marker is None:
             markers = [self._quoted] if self._quoted else self._markers
@@ -224,13 +224,13 @@ class CallReader:
                 if self._held.endswith(one[:size])
             ]
             start = len(self._held) - max(sizes, default=0)
-        # White space in front of a call goes with it.
+        # White space before a call is dropped with it.
         ready = self._held[:start].rstrip()
         self._held = self._held[len(ready) :]
         return ready
 
     def _text(self, text: str) -> str:
-        """Text as it is shown: between and behind calls without white space in front."""
+        """The text to show, without leading white space between and after calls."""
         if self.calls and not self._said:
             text = text.lstrip()
         self._said = self._said or bool(text)
@@ -248,7 +248,7 @@ def _mistral(body: str, last: bool) -> Parsed | None:
         waits = not last and re.fullmatch(r"\s*[\w.-]*(\[[\w\]]*)*", body) is not None
         return None if waits else ([], 0)
     if not last and not body.rstrip().endswith(("]", "}")):
-        # Nothing is decoded before it can be whole, so that a long list is not decoded at each of its tokens.
+        # Decode only possibly complete lists, not a long list at each of its tokens.
         return None
     try:
         value, end = DECODER.raw_decode(body, begin)
@@ -267,20 +267,20 @@ def _call(parsed: Any) -> tuple[str, str] | None:
         return None
     arguments = parsed.get("arguments", parsed.get("parameters", {}))
     if isinstance(arguments, str):
-        # Some models write the arguments as JSON in a text.
+        # Some models write the arguments as a JSON string.
         arguments = json.loads(arguments, parse_constant=_no_constant)
     return (parsed["name"], _written(arguments)) if isinstance(arguments, dict) else None
 
 
 def _written(arguments: dict[str, Any]) -> str:
     written = json.dumps(arguments, ensure_ascii=False)
-    # Half a character can't be sent.
+    # Unpaired surrogates can't be sent.
     written.encode()
     return written
 
 
 def _value(text: str) -> Any:
-    """A parameter's value: JSON where it is an object, a list, a number or a truth value, else the text."""
+    """The value of a parameter: parsed JSON, or the text if it is no JSON or a JSON string."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
