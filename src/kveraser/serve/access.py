@@ -88,7 +88,7 @@ def read_keys(file: Path | None = None, variable: str = "KVERASER_API_KEYS") -> 
             raise InputError(f"can't read the API keys in {file} ({error}): check the path") from error
         listed = [line.partition("#")[0].strip() for line in lines]
         if not any(listed):
-            raise InputError(f"{file} contains no API key: write one per line, or omit the file")
+            raise InputError(f"{file} holds no API key: write one per line, or omit the file")
         keys += listed
     return Keys(key for key in keys if key)
 
