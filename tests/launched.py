@@ -1,6 +1,7 @@
 """What torchrun runs for `test_processes`: it trains by every recipe named, as `python -m kveraser train` does.
 
-A recipe whose name says `sharded` is trained under FSDP; how many weights were really sharded is printed.
+A recipe whose name says `sharded` is trained under FSDP; how many weights were really sharded is printed. One whose
+name says `resumed` goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     Processes.shard = counted  # type: ignore[method-assign]
     for recipe in sys.argv[1:]:
         os.environ["ACCELERATE_USE_FSDP"] = str("sharded" in recipe)
-        sys.argv = ["kveraser", "train", recipe]
+        sys.argv = ["kveraser", "train", recipe, *(["--resume"] if "resumed" in recipe else [])]
         try:
             runpy.run_module("kveraser", run_name="__main__")
         except SystemExit as end:

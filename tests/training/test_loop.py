@@ -414,7 +414,7 @@ def test_a_broken_checkpoint_is_an_error_that_names_it(make: Make) -> None:
     recipe = make()
     train(recipe, stop=1)
     (Path(recipe.output) / loop.CHECKPOINT).write_bytes(b"half")
-    with pytest.raises(TrainingError, match=r"checkpoint.pt is not a checkpoint"):
+    with pytest.raises(TrainingError, match=r"checkpoint.pt is not a checkpoint \(\w+: .+\): train"):
         train(recipe, resume=True)
 
 

@@ -58,13 +58,15 @@ def curves(folder: Path) -> list[dict[str, float]]:
 
 def test_two_processes_have_the_curves_of_one(model: str, tmp_path: Path) -> None:
     train(load_recipe(write_recipe(tmp_path, model, "one")))
-    said = launch(write_recipe(tmp_path, model, "whole"), write_recipe(tmp_path, model, "sharded"))
+    resumed = write_recipe(tmp_path, model, "resumed")
+    train(load_recipe(resumed), stop=1)
+    said = launch(write_recipe(tmp_path, model, "whole"), write_recipe(tmp_path, model, "sharded"), resumed)
     # Nine weights and norms in each of three layers, of which the last stays whole; in two processes.
-    assert sorted(re.findall(r"sharded weights: (\d+)\n", said)) == ["0", "0", "18", "18"]
+    assert sorted(re.findall(r"sharded weights: (\d+)\n", said)) == ["0", "0", "0", "0", "18", "18"]
     expected = curves(tmp_path / "one")
     losses = [line["loss"] for line in expected]
     assert min(losses) > 0.05 and max(losses) - min(losses) > 0.01
-    for name in ("whole", "sharded"):
+    for name in ("whole", "sharded", "resumed"):
         seen = curves(tmp_path / name)
         for key in ("step", "loss", "learning_rate", "kl", "fidelity"):
             values = [[line[key] for line in lines if line[key] is not None] for lines in (seen, expected)]

@@ -28,7 +28,8 @@ class Processes:
 
     def __init__(self) -> None:
         state = PartialState(cpu=not torch.cuda.is_available())
-        self.device: torch.device = state.device
+        # accelerate numbers the CPU ("cpu:0") under torchrun, a device that `torch.load` can't map to.
+        self.device = torch.device("cpu") if state.device.type == "cpu" else state.device
         self.count: int = state.num_processes
         self.index: int = state.process_index
         self.main: bool = state.is_main_process
