@@ -89,6 +89,7 @@ async def chat(
     key: str = "ada",
     sampling: Sampling = GREEDY,
     edits: Sequence[Any] = (),
+    dropped: Sequence[int] = (),
     tools: Sequence[Mapping[str, Any]] = (),
     **erasing: Any,
 ) -> Answered:
@@ -97,7 +98,8 @@ async def chat(
         options=ChatOptions(tuple(tools)),
         sampling=replace(sampling, logprobs=0),
         erasing=Erasing(**erasing),
-        context_management=tuple(edits),
+        context_edits=tuple(edits),
+        dropped=tuple(dropped),
     )
     return await whole(service.generate(key, turn))
 

@@ -10,9 +10,9 @@ from typing import Any
 import openai
 import pytest
 
+from kveraser.serve.context_edits import ClearThinking, ClearToolUses, InputTokens, ToolUses
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.errors import Overloaded, UnknownSession
-from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.types import Erasing, Turn
 from tests.serve.test_tools import FIND, SEND
 from tests.serve_fake import MODEL, PIECES, RECEIPT, FakeService, client_of, http
@@ -142,11 +142,20 @@ async def test_context_management_reaches_the_service_and_what_it_did_comes_back
         "exclude_tools": ["search"],
         "clear_tool_inputs": True,
     }
-    turn = await turn_of(extra_body={"context_management": {"edits": [edit, {"type": edit["type"]}]}})
-    assert turn.context_management == (ToolResultEdit(None, 2, 1, 50, frozenset({"search"}), True), ToolResultEdit())
-    tokens = {"type": edit["type"], "trigger": {"type": "input_tokens", "value": 5}, "clear_tool_inputs": ["find"]}
-    turn = await turn_of(extra_body={"context_management": {"edits": [tokens]}})
-    assert turn.context_management == (ToolResultEdit(5, clear_tool_inputs=frozenset({"find"})),)
+    thinking = {"type": "clear_thinking_20251015", "keep": "all"}
+    dropped = {"kveraser": {"drop_message": [0, -1]}}
+    turn = await turn_of(
+        extra_body={"context_management": {"edits": [edit, {"type": edit["type"]}, thinking]}, **dropped}
+    )
+    assert turn.context_edits == (
+        ClearToolUses(
+            trigger=ToolUses(value=2), keep=ToolUses(value=1), clear_at_least=InputTokens(value=50),
+            exclude_tools=["search"], clear_tool_inputs=True,
+        ),
+        ClearToolUses(),
+        ClearThinking(keep="all"),
+    )  # fmt: skip
+    assert turn.dropped == (0, -1)
 
     applied = {"type": edit["type"], "cleared_tool_uses": 2, "cleared_input_tokens": 70}
     service = FakeService()
@@ -321,9 +330,9 @@ WRONG: dict[str, tuple[dict[str, Any], str | None, str]] = {
         "leave one of them out",
     ),
     "an edit of another type": (
-        {"extra_body": {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}}},
-        "context_management.edits.0.type",
-        "clear_tool_uses_20250919",
+        {"extra_body": {"context_management": {"edits": [{"type": "clear_20240101"}]}}},
+        "context_management.edits.0",
+        "'clear_tool_uses_20250919', 'clear_thinking_20251015'",
     ),
     "a trigger of another type": (
         {

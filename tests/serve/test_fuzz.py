@@ -40,7 +40,9 @@ EDIT = {
     "clear_at_least": {"type": "input_tokens", "value": 1},
     "exclude_tools": [],
     "clear_tool_inputs": False,
+    "placeholder": "[gone]",
 }
+THINKING = {"type": "clear_thinking_20251015", "keep": {"type": "thinking_turns", "value": 1}}
 CHAT = {
     "messages": CONVERSATION,
     "max_tokens": 3,
@@ -53,8 +55,8 @@ CHAT = {
     "n": 1,
     "tools": TOOLS,
     "stream": False,
-    "kveraser": {"method": "repair(8)", "now_then_exact": True},
-    "context_management": {"edits": [EDIT]},
+    "kveraser": {"method": "repair(8)", "now_then_exact": True, "drop_message": [1]},
+    "context_management": {"edits": [EDIT, THINKING]},
 }
 
 

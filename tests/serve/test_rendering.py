@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kveraser.errors import InputError
+from kveraser.serve.context_edits import ClearToolUses, ToolUses
 from kveraser.serve.rendering import read_messages, read_prompt
-from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.text import chat
 from kveraser.text.chat import conversation, document
 from kveraser.text.spans import Transcript
@@ -117,7 +117,7 @@ def test_clearing_many_results_takes_a_fixed_number_of_renderings(monkeypatch: p
         ]
         messages = [TALK[1], *(message for result in results for message in (calling, result))]
         count = 0
-        edit = ToolResultEdit(trigger_input_tokens=None, trigger_tool_uses=0, keep=3)
+        edit = ClearToolUses(trigger=ToolUses(value=0), keep=ToolUses(value=3), placeholder="")
         reading = read_messages(tokenizer, messages, edits=[edit])
         counted.append(count)
         cleared = [{**message, "content": ""} if message in results[:-3] else message for message in messages]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kveraser.model.decode import greedy
+from kveraser.serve.context_edits import ClearToolUses, InputTokens, ToolUses
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Sampling
 from kveraser.serve.errors import (
@@ -26,7 +27,6 @@ from kveraser.serve.errors import (
 from kveraser.serve.history import common_prefix
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.service import Limits, Service
-from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.types import Delta, SessionView, Started, Turn
 from kveraser.session.session import Session
 from kveraser.text import chat as chat_text
@@ -428,35 +428,79 @@ def test_a_context_that_changes_meanwhile_is_made_exact_as_it_is_then() -> None:
     run(test())
 
 
-def test_cleared_tool_results_are_erased_from_the_cache() -> None:
+def tool_conversation(results: int) -> list[dict[str, Any]]:
+    """An agent that has called a tool so many times."""
+    messages: list[dict[str, Any]] = [said("user", 6, 1)]
+    for number in range(results):
+        call = {"id": f"c{number}", "function": {"name": "find", "arguments": f'{{"what": "part {number}"}}'}}
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {**said("tool", 12, 10 + number), "tool_call_id": f"c{number}"},
+        ]
+    return messages
+
+
+@pytest.mark.parametrize("placeholder", ["", "[cleared]"])
+def test_cleared_tool_results_are_taken_out_of_the_cache_round_after_round(placeholder: str) -> None:
     async def test() -> None:
         async with serving() as service:
-            messages: list[dict[str, Any]] = [said("user", 6, 1)]
-            for number in range(3):
-                call = {"id": f"c{number}", "function": {"name": "find", "arguments": f'{{"what": "part {number}"}}'}}
-                messages += [
-                    {"role": "assistant", "content": "", "tool_calls": [call]},
-                    {**said("tool", 15, 10 + number), "tool_call_id": f"c{number}"},
-                ]
-            messages.append(said("user", 4, 2))
-            await chat(service, messages)
-            edit = ToolResultEdit(trigger_input_tokens=0, keep=1)
-            answered = await chat(service, messages, edits=[edit])
-            what = answered.started.what
-            assert what.action == "erase" and what.applied_edits[0]["cleared_tool_uses"] == 2
-            assert what.erased_tokens == what.applied_edits[0]["cleared_input_tokens"] > 100
-            assert [text.strip() for text in what.receipts[0]["text"]] == [
-                messages[2]["content"],
-                messages[4]["content"],
-            ]
-            # Once cleared, the same request finds all of it.
-            again = await chat(service, messages, edits=[edit])
-            assert again.started.what.action == "append"
-            assert again.started.cached_tokens == again.started.prompt_tokens - 1
-            assert again.started.what.applied_edits == what.applied_edits
-            exact = await chat(service, messages, edits=[edit], method="recompute")
-            wanted = read_messages(backbone().tokenizer, messages, edits=[edit]).wanted
+            edit = ClearToolUses(trigger=InputTokens(value=0), keep=ToolUses(value=2), placeholder=placeholder)
+            messages = [*tool_conversation(4), said("user", 4, 2)]
+            await chat(service, messages[:7])
+            for results in (3, 4):
+                sent = messages[: 1 + 2 * results]
+                await chat(service, messages[: 2 * results], edits=[edit])
+                answered = await chat(service, sent, edits=[edit])
+                what, (report,) = answered.started.what, answered.started.what.applied_edits
+                assert what.action in ("erase", "edit") and report["cleared_tool_uses"] == results - 2
+                # Only what changes is run: most of the conversation comes from the cache.
+                assert what.recomputed_tokens < answered.started.cached_tokens
+                gone = " ".join(what.receipts[0]["text"])
+                assert messages[2 * results - 4]["content"].strip() in gone
+                # Once cleared, the same request finds all of it.
+                again = await chat(service, sent, edits=[edit])
+                assert again.started.what.action == "append" and again.started.what.applied_edits == (report,)
+                assert again.started.cached_tokens == again.started.prompt_tokens - 1
+            exact = await chat(service, sent, edits=[edit], method="recompute")
+            wanted = read_messages(backbone().tokenizer, sent, edits=[edit]).wanted
             assert exact.tokens == continued(wanted) and exact.started.what.exact
+
+    run(test())
+
+
+def test_a_client_that_clears_its_own_results_finds_the_rest_cached_round_after_round() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            messages = [*tool_conversation(5), said("user", 4, 2)]
+            await chat(service, messages)
+            for number in (1, 2):
+                messages[2 * number] = {**messages[2 * number], "content": "[cleared]"}
+                answered = await chat(service, messages)
+                what = answered.started.what
+                assert what.action == "edit" and not what.exact
+                assert what.recomputed_tokens + what.prefilled_tokens < answered.started.prompt_tokens // 2
+            # Another conversation is not answered from the edited states, however much of the text it shares.
+            other = [*messages[:2], *messages[3:5], *messages[6:]]
+            other[0] = said("user", 6, 77)
+            assert (await chat(service, other)).started.what.exact
+
+    run(test())
+
+
+def test_dropped_messages_are_erased_and_stay_out() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            messages = conversation(9)
+            await chat(service, messages)
+            answered = await chat(service, messages, dropped=[2, 3])
+            assert answered.started.what.action == "erase"
+            assert messages[2]["content"] in answered.started.what.receipts[0]["text"][0]
+            messages += [{"role": "assistant", "content": answered.text}, said("user", 5, 99)]
+            again = (await chat(service, messages, dropped=[2, 3])).started
+            assert again.what.action == "append" and again.cached_tokens > again.what.prefilled_tokens
+            left = [message for index, message in enumerate(messages) if index not in (2, 3)]
+            exact = await chat(service, messages, dropped=[2, 3], method="recompute")
+            assert exact.started.what.exact and exact.tokens == uncached(left)
 
     run(test())
 

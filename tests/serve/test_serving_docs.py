@@ -28,6 +28,7 @@ import pytest
 from kveraser.cli import serve as commands
 from kveraser.serve.access import Keys
 from kveraser.serve.app import Settings
+from kveraser.serve.context_edits import ClearToolUses
 from kveraser.serve.embedded import TransformersEngine
 from kveraser.serve.engine import Held, Sampling, Stream
 from kveraser.serve.errors import ServeError
@@ -35,7 +36,6 @@ from kveraser.serve.fields import Happening, KVEraserFields
 from kveraser.serve.logs import configure
 from kveraser.serve.rendering import read_messages
 from kveraser.serve.scheduler import Scheduler
-from kveraser.serve.schemas import ClearToolUses
 from kveraser.serve.service import Limits, Service
 from tests.engines import Scripted
 from tests.serve_fake import listening
@@ -365,7 +365,9 @@ def test_clearing_old_tool_results(served: Served) -> None:
     assert len(results) == 4 and all(results)
     erased = "".join(left["cleared"].kveraser["receipts"][0]["text"])
     assert [result in erased for result in results] == [True, True, False, False]
-    assert left["cleared"].kveraser["erased_tokens"] == left["applied"]["cleared_input_tokens"]
+    (receipt,) = left["cleared"].kveraser["receipts"]
+    assert receipt["inserted"] > 0 and all("[cleared]" in text for text in receipt["inserted_text"])
+    assert receipt["erased"] - receipt["inserted"] == left["applied"]["cleared_input_tokens"]
     documented = names([row["field"] for row in rows("field", "meaning", "default")])
     assert documented == [name for name in ClearToolUses.model_fields if name != "type"]
 

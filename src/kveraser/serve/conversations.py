@@ -102,7 +102,7 @@ def edited(before: Reading | None, now: Reading) -> bool:
 
     Without messages (a prompt of its own, a context brought back from disk) every change is the client's.
     """
-    if before is None or not (before.messages and now.messages) or now.applied or before.applied:
+    if before is None or not (before.messages and now.messages):
         return True
     same = list(now.messages[: len(before.messages)]) == list(before.messages)
     return not same and now.options == before.options
@@ -114,6 +114,25 @@ def same_opening(before: Reading | None, now: Reading) -> bool:
         return True
     return before.options == now.options and (
         before.messages[0] == now.messages[0] or now.messages[0]["role"] == "user"
+    )
+
+
+def revised(before: Reading | None, now: Reading) -> bool:
+    """Whether `now` is the conversation of `before` with other contents in some of its messages.
+
+    It has the roles of `before` and perhaps more messages, and at least half of the messages of `before` unchanged,
+    among them the first and the last.
+    """
+    if before is None or not before.messages or before.options != now.options:
+        return False
+    pairs = list(zip(before.messages, now.messages, strict=False))
+    same = [one == other for one, other in pairs]
+    return (
+        len(pairs) == len(before.messages)
+        and all(one["role"] == other["role"] for one, other in pairs)
+        and same[0]
+        and same[-1]
+        and 2 * sum(same) >= len(same)
     )
 
 
@@ -285,9 +304,9 @@ class Conversations:
         for entry, revision, measured, reading in states:
             # One token at least is new: the answer begins with what the model says behind it.
             borders = reading.borders if reading is not None else None
-            # Into a context that is edited already, text is only inserted where the client allows it.
-            inserts = asked.inserts and (measured.exact or asked.erasing.allows_approximate)
-            inserts = inserts and same_opening(reading, asked.reading)
+            # Into an edited context text is only inserted where the client allows it, or edits its own conversation.
+            approximate = asked.erasing.allows_approximate or revised(reading, asked.reading)
+            inserts = asked.inserts and (measured.exact or approximate) and same_opening(reading, asked.reading)
             found = (align if inserts else reuse)(measured.live, wanted[:-1], self.span_tokens, borders)
             if self._exact_only(entry, measured, found, reading, asked):
                 usable = len(measured.live) if measured.exact else measured.exact_prefix

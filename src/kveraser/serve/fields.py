@@ -1,4 +1,4 @@
-"""Base classes and common fields of request and response bodies."""
+"""Common fields of request and response bodies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     field_validator,
@@ -18,24 +17,10 @@ from pydantic import (
 
 from kveraser.errors import KVEraserError
 from kveraser.methods import make_method
+from kveraser.serve.body import WHOLE, Reply, Request
 from kveraser.serve.engine import Sampling
 from kveraser.serve.types import Action, Erasing
 from kveraser.text.spans import selector_from_json
-
-WHOLE = 2**31 - 1
-"""Maximum number of tokens, messages or steps in a request."""
-
-
-class Request(BaseModel):
-    """A request body. Types are not converted, unknown fields are refused, and numbers must be finite."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class Reply(BaseModel):
-    """A response body. Fields without a default are always present."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def only(neutral: Any, why: str) -> BeforeValidator:
@@ -224,6 +209,10 @@ class KVEraserFields(Request):
     method: MethodName | None = Field(None, description="`recompute` asks for an exact answer; null: the server's own.")
     max_kl: float | None = Field(None, ge=0, description="The cheapest method within this budget, nats per token.")
     now_then_exact: bool = Field(False, description="Answer from the edited cache; an exact one takes its place later.")
+    drop_message: Annotated[list[Annotated[int, Field(ge=-WHOLE, le=WHOLE)]], Field(max_length=4096)] = Field(
+        default_factory=list,
+        description="Indices of messages that are left out of the conversation, and erased from the cache.",
+    )
     allow_special: bool = Field(
         False, description="Special tokens in messages and tools act as control tokens; otherwise they are text."
     )

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import from_json
 
-from kveraser.serve.fields import Hint, Request
+from kveraser.serve.body import Request
+from kveraser.serve.fields import Hint
 
 OTHER_PARTS = {
     "image_url": "images", "input_image": "images", "image": "images", "input_audio": "audio", "audio": "audio",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from kveraser.serve.fields import Happening, Reply, Usage
+from kveraser.serve.body import Reply
+from kveraser.serve.fields import Happening, Usage
 from kveraser.serve.messages import ToolCall
 
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from kveraser.serve.fields import WHOLE, Hint, Ignored, KVEraserFields, Request, SamplingFields, ignored, only
+from kveraser.serve.body import WHOLE, Request
+from kveraser.serve.context_edits import ContextEdit
+from kveraser.serve.fields import Hint, Ignored, KVEraserFields, SamplingFields, ignored, only
 from kveraser.serve.messages import Messages, Tool, answered
-from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.types import Erasing, Turn
 from kveraser.text.template import ChatOptions
 
@@ -20,55 +21,10 @@ VARIABLE = "A variable of the chat template; where it has none, `kveraser.warnin
 # Context management
 
 
-class InputTokens(Request):
-    """A number of tokens of the conversation."""
-
-    type: Literal["input_tokens"]
-    value: int = Field(ge=0, le=WHOLE)
-
-
-class ToolUses(Request):
-    """A number of tool uses."""
-
-    type: Literal["tool_uses"]
-    value: int = Field(ge=0, le=WHOLE)
-
-
-class ClearToolUses(Request):
-    """Clear old tool results, as Anthropic's context editing does; here they are erased from the cache."""
-
-    type: Literal["clear_tool_uses_20250919"]
-    trigger: Annotated[InputTokens | ToolUses, Field(discriminator="type")] | None = Field(
-        None, description="The edit applies above this; default 100,000 tokens."
-    )
-    keep: ToolUses | None = Field(None, description="Tool uses at the end that stay; default 3.")
-    clear_at_least: InputTokens | None = Field(None, description="When less would go, nothing does.")
-    exclude_tools: list[str] | None = Field(None, description="Names of tools whose results stay.")
-    clear_tool_inputs: bool | list[str] | None = Field(None, description="Clear the calls' arguments as well.")
-
-    def edit(self) -> ToolResultEdit:
-        """Convert to the type of the service."""
-        given: dict[str, Any] = {}
-        if isinstance(self.trigger, InputTokens):
-            given["trigger_input_tokens"] = self.trigger.value
-        elif self.trigger is not None:
-            given |= {"trigger_input_tokens": None, "trigger_tool_uses": self.trigger.value}
-        if self.keep is not None:
-            given["keep"] = self.keep.value
-        if self.clear_at_least is not None:
-            given["clear_at_least"] = self.clear_at_least.value
-        inputs = self.clear_tool_inputs
-        return ToolResultEdit(
-            exclude_tools=frozenset(self.exclude_tools or ()),
-            clear_tool_inputs=frozenset(inputs) if isinstance(inputs, list) else bool(inputs),
-            **given,
-        )
-
-
 class ContextManagement(Request):
     """Edits to the conversation before the model reads it."""
 
-    edits: list[ClearToolUses] = Field(default_factory=list, max_length=8)
+    edits: list[Annotated[ContextEdit, Field(discriminator="type")]] = Field(default_factory=list, max_length=8)
 
 
 # Requests
@@ -203,7 +159,8 @@ class ChatRequest(GenerationRequest):
             options=self.chat_options(),
             sampling=self.sampling(1.0, most, (self.top_logprobs or 0) if self.logprobs else None),
             erasing=self.erasing,
-            context_management=tuple(edit.edit() for edit in edits),
+            context_edits=tuple(edits),
+            dropped=tuple(self.kveraser.drop_message) if self.kveraser is not None else (),
             warnings=self.warnings,
         )
 

@@ -30,7 +30,6 @@ from kveraser.serve.scheduler import Scheduler
 from kveraser.serve.sessions import Sessions, check_length
 from kveraser.serve.store import Store
 from kveraser.serve.tasks import Background
-from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.serve.tools import CallReader, formats_of
 from kveraser.serve.types import (
     Action,
@@ -187,9 +186,9 @@ class Service:
             raise InputError("give either messages or a prompt")
         if turn.messages is not None:
             check_length(self.engine.max_positions, *(str(message.get("content")) for message in turn.messages))
-            return read_messages(self.tokenizer, turn.messages, turn.options, turn.context_management)
-        if turn.context_management:
-            raise InputError("context_management edits a conversation: give messages instead of a prompt")
+            return read_messages(self.tokenizer, turn.messages, turn.options, turn.context_edits, turn.dropped)
+        if turn.context_edits or turn.dropped:
+            raise InputError("context_management and drop_message edit a conversation: give messages, not a prompt")
         prompt, most = turn.prompt or "", self.engine.max_positions
         if most is not None and not isinstance(prompt, str) and len(prompt) >= most:
             raise ContextOverflow(f"the prompt has {len(prompt)} tokens and the model {most} positions: shorten it")
@@ -319,5 +318,5 @@ def _owner(key: str) -> str:
 
 __all__ = [
     "Action", "Caches", "Delta", "Erasing", "Event", "Finished", "Happened", "Limits", "MessageView", "MethodCard",
-    "ModelCard", "Sampling", "Service", "SessionView", "Started", "TokenLogprob", "TokenView", "ToolResultEdit", "Turn",
+    "ModelCard", "Sampling", "Service", "SessionView", "Started", "TokenLogprob", "TokenView", "Turn",
 ]  # fmt: skip

@@ -8,13 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import ProbeKind
+from kveraser.serve.body import WHOLE, Reply, Request
 from kveraser.serve.engine import Sampling
 from kveraser.serve.fields import (
-    WHOLE,
     Happening,
     MethodName,
-    Reply,
-    Request,
     SamplingFields,
     Selector,
     Usage,

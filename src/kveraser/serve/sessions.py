@@ -363,15 +363,18 @@ class Sessions:
 
         def read() -> Reading:
             transcript, tokens = held.transcript, entry.measured.tokens
-            offsets = transcript.offsets[:tokens]
-            base = max(end for _, end in offsets)
             stays = [place for place in range(tokens) if caches == "unerased" or transcript.live[place]]
+            text, offsets, reached = "", list[tuple[int, int]](), 0
+            for start, end in (transcript.offsets[place] for place in stays):
+                # Several tokens may share a character.
+                text += transcript.text[max(start, reached) : end]
+                offsets.append((len(text) - (end - start), len(text)))
+                reached = end
             return Reading(
                 self.tokenizer,
-                transcript.text[:base] + added.text,
-                [*transcript.tokens[:tokens], *added.tokens],
-                [*offsets, *((base + start, base + end) for start, end in added.offsets)],
-                [*stays, *range(tokens, tokens + len(added.tokens))],
+                text + added.text,
+                [*(transcript.tokens[place] for place in stays), *added.tokens],
+                [*offsets, *((len(text) + start, len(text) + end) for start, end in added.offsets)],
             )
 
         return await self.scheduler.run(read)

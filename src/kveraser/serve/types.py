@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from kveraser.methods import make_method
+from kveraser.serve.context_edits import ContextEdit
 from kveraser.serve.engine import Sampling, TokenLogprob
 from kveraser.serve.entries import Entry
-from kveraser.serve.tool_results import ToolResultEdit
 from kveraser.text.spans import Transcript
 from kveraser.text.template import DEFAULT_OPTIONS, ChatOptions
 
@@ -46,7 +46,8 @@ class Turn:
         messages: a conversation in OpenAI's format.
         prompt: text or token ids.
         options: tools and other variables of the chat template.
-        context_management: tool results to clear before the model reads the conversation.
+        context_edits: applied before the model reads the conversation.
+        dropped: indices of messages that are left out.
         warnings: parts of the request that have no effect.
     """
 
@@ -55,7 +56,8 @@ class Turn:
     options: ChatOptions = DEFAULT_OPTIONS
     sampling: Sampling = field(default_factory=Sampling)
     erasing: Erasing = field(default_factory=Erasing)
-    context_management: tuple[ToolResultEdit, ...] = ()
+    context_edits: tuple[ContextEdit, ...] = ()
+    dropped: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -74,7 +76,7 @@ class Happened:
         prefilled_tokens: tokens that were run for the first time.
         exact: whether the cache equals a fresh prefill of its live tokens.
         receipts: of the erases of this request.
-        applied_edits: of the context management, in Anthropic's format.
+        applied_edits: the context edits, in Anthropic's format.
         exact_pending: whether an exact cache is being computed in idle time.
         warnings: parts of the request without effect, and special tokens in messages.
     """

@@ -41,7 +41,8 @@ def read_checkpoint(path: Path, fingerprint: str, device: torch.device) -> dict[
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
     except Exception as error:
         raise TrainingError(
-            f"{path} is not a checkpoint ({type(error).__name__}: {error}): train without --resume, or copy the file again"
+            f"{path} is not a checkpoint ({type(error).__name__}: {error}): train without --resume, or copy the file "
+            "again"
         ) from error
     if state["recipe"] != fingerprint:
         raise TrainingError(f"{path} was written by another recipe: resume with that one, or choose another output")

@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 
 from kveraser.serve.api.routing import READING, Counted, Owner, Served, errors, router
-from kveraser.serve.fields import Reply
+from kveraser.serve.body import Reply
 from kveraser.serve.metrics import CONTENT_TYPE
 
 open_routes = APIRouter(tags=["Server"])
