@@ -153,6 +153,28 @@ def test_several_spans_and_a_pattern_are_erased_at_once(run: Run, model: str, co
     assert second[0][0] > first[0][0]
 
 
+def test_replace_puts_a_text_in_the_place_of_the_span(run: Run, model: str, context: str, tmp_path: Path) -> None:
+    asked = ["--span", SPAN, "--ask", "Who is the captain?", "--model", model, "--json", "--no-audit"]
+    replaced = read(run("erase", "--context", context, *asked, "--replace", "The captain is Bob.", "--method", "shift"))
+    assert replaced["receipts"][0]["inserted"] > 0
+    assert replaced["receipts"][0]["inserted_text"] == ["The captain is Bob."]
+    # The exact answers are those to the text as it should have been.
+    corrected = tmp_path / "corrected.txt"
+    corrected.write_text(CONTEXT.replace(SPAN, "The captain is Bob."), encoding="utf-8")
+    wanted = read(run("erase", "--context", str(corrected), "--span", "The crew trusts her.", *asked[2:]))["before"]
+    assert replaced["exact"] == wanted != replaced["before"]
+
+
+def test_plan_says_when_to_edit(run: Run) -> None:
+    asked = ["plan", "--edit-tokens", "1000", "--stale-per-turn", "50", "--turns", "200"]
+    plan = read(run(*asked, "--json"))
+    # sqrt(2 * 1000 / (0.1 * 50)) turns apart.
+    assert plan["edits"][:3] == [20, 40, 60] and plan["stale"] == 1000
+    assert plan["cost"] < min(plan["cost_never"], plan["cost_always"])
+    assert "20, 40, 60" in run(*asked)[2]
+    assert "never" in run(*asked, "--cached", "0")[2]
+
+
 def test_auto_keeps_to_its_budget(run: Run, model: str, context: str) -> None:
     asked = "--context", context, "--span", SPAN, "--ask", "Who?", "--model", model, "--json", "--max-new-tokens", "4"
     strict = read(run("erase", *asked, "--method", "auto", "--max-kl", "0"))["receipts"][0]

@@ -32,6 +32,7 @@ from kveraser.cli.train import data, train
 from kveraser.errors import InputError, KVEraserError, MethodError, extras
 
 if TYPE_CHECKING:
+    from kveraser.measure.receipt import Receipt
     from kveraser.model.backbone import Backbone
     from kveraser.session.session import Session
     from kveraser.text.spans import Selector
@@ -144,6 +145,7 @@ def erase(
         bool, typer.Option("--allow-special", help="Special tokens in the context act; otherwise they are text.")
     ] = False,
     method: Annotated[list[str] | None, typer.Option(help="Method, such as 'repair(32)'; several allowed.")] = None,
+    replace: Annotated[str | None, typer.Option(help="Text to put in the place of each span.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Budget of method auto, nats per answer token.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run the methods named even where exact recomputation costs the same.")
@@ -157,7 +159,7 @@ def erase(
     save: Annotated[Path | None, typer.Option(help="Write the erased session here (one method only).")] = None,
     json_output: Json = False,
 ) -> None:
-    """Erase a span from a context and answer questions before, after, and by exact recomputation."""
+    """Erase or replace spans of a context and answer questions before, after, and by exact recomputation."""
     selectors = _selectors(span, occurrence, pattern, message, tool_call, keep_turn)
     if save is not None and len(method or []) > 1:
         raise typer.BadParameter(f"--save keeps one session, but {len(method or [])} methods are given: name one")
@@ -172,6 +174,12 @@ def erase(
     backbone = load_backbone(model, eraser, device, dtype)
     session = _open(backbone, None if messages else document, conversation, allow_special)
     session.find(selectors)
+
+    def edit(named: str | None, **options: Any) -> Receipt:
+        if replace is None:
+            return session.erase(selectors, named, **options)
+        return session.replace(selectors, replace, named, **options)
+
     after: list[dict[str, Any]] = []
     receipts: list[dict[str, Any]] = []
     references = exact = None
@@ -181,7 +189,7 @@ def erase(
         for named in method or NO_METHOD:
             advance(f"erasing: {named or 'default method'}")
             budget: dict[str, Any] = {"max_kl": max_kl, "probes": ask} if named == "auto" else {}
-            receipt = session.erase(selectors, named, force=force, **budget)
+            receipt = edit(named, force=force, **budget)
             answers = _answers(session, ask, max_new_tokens)
             if receipt.exact:
                 exact = answers
@@ -196,7 +204,7 @@ def erase(
             session.undo()
         if exact is None:
             advance("answering by exact recomputation")
-            session.erase(selectors, "recompute")
+            edit("recompute")
             exact = _answers(session, ask, max_new_tokens)
     if json_output:
         emit({"before": before, "after": after, "exact": exact, "receipts": receipts})
@@ -208,6 +216,8 @@ def erase(
             say(f"{one['requested']} became {one['method']}: {one['reason']} (--force runs it anyway)")
     for text in receipts[0]["text"]:
         say(f"Erased: {text!r}")
+    for text in receipts[0]["inserted_text"]:
+        say(f"Inserted: {text!r}")
     if save is not None:
         say(f"Saved: {save}")
 
@@ -252,6 +262,34 @@ def influence(
         rows = [{"token": text[slice(*offsets[one.token])], "change": one.change, "kl": one.kl} for one in most]
         print_rows("Most influenced tokens", rows, ["token", "change", "kl"])
     say(f"Mean over {len(measured.tokens)} later tokens: {measured.kl:.4f} nats per token")
+
+
+@app.command()
+def plan(
+    edit_tokens: Annotated[int, typer.Option(min=0, help="Tokens that an edit runs; recompute: all after it.")],
+    stale_per_turn: Annotated[float, typer.Option(min=0, help="Tokens that become stale in each turn.")],
+    turns: Annotated[int, typer.Option(min=1, help="Turns to come.")],
+    stale: Annotated[int, typer.Option(min=0, help="Stale tokens in the context now.")] = 0,
+    prefill: Annotated[float, typer.Option(min=0, help="Price or seconds of a token of prefill.")] = 1.0,
+    cached: Annotated[float, typer.Option(min=0, help="Price or seconds of a cached token in each turn.")] = 0.1,
+    json_output: Json = False,
+) -> None:
+    """Say when to edit a context that grows: now, every few turns, or never."""
+    from kveraser.measure.schedule import best_schedule
+
+    best = best_schedule(prefill * edit_tokens, cached, stale, stale_per_turn, turns)
+    if json_output:
+        emit(asdict(best))
+        return
+    costs = {"as planned": best.cost, "no edit": best.cost_never, "an edit every turn": best.cost_always}
+    rows = [{"edits": name, "cost": cost} for name, cost in costs.items()]
+    print_rows("Costs", rows, ["edits", "cost"])
+    if not best.edits:
+        say("An edit never pays.")
+        return
+    say(f"Edit before turns {', '.join(map(str, best.edits))}; turn 0 is the next one.")
+    if best.stale is not None:
+        say(f"That is whenever {best.stale:.0f} tokens are stale (clear_at_least of the server's context management).")
 
 
 @app.command()

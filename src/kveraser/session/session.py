@@ -30,7 +30,6 @@ from kveraser.text import chat
 from kveraser.text.spans import (
     Erasable,
     Message,
-    Selector,
     Span,
     Text,
     Tokens,
@@ -293,7 +292,7 @@ class Session:
 
     def replace(
         self,
-        what: str | Selector,
+        what: Erasable,
         text: str,
         method: str | Method | None = None,
         *,
@@ -309,7 +308,7 @@ class Session:
         messages after the new text move. All other arguments and errors are those of `erase`.
 
         Args:
-            what: a text or a selector of `kveraser.text.spans`, every match of it.
+            what: as for `erase`, every match; spans must not overlap.
             text: the new text; special tokens in it are text unless the session allows them.
 
         Raises:
@@ -319,11 +318,14 @@ class Session:
         self.state.check_idle()
         if not isinstance(text, str) or not text:
             raise InputError(f"the new text is {text!r}: give some text, or use erase")
-        selector = in_turn(Text(what) if isinstance(what, str) else what)
+        several = [what] if isinstance(what, str) or not isinstance(what, Sequence) else what
         changes = []
-        for span in resolve(self.transcript, selector):
-            before, after = margins(self.transcript, selector, span)
-            changes.append(Change(span, self._added(before + text + after)))
+        for one in several:
+            selector = in_turn(Text(one) if isinstance(one, str) else one)
+            for span in resolve(self.transcript, selector):
+                before, after = margins(self.transcript, selector, span)
+                changes.append(Change(span, self._added(before + text + after)))
+        changes.sort(key=lambda change: change.span.start)
         return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
     def insert(
