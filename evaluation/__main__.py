@@ -9,6 +9,7 @@ import typer
 
 from evaluation import tables as documents
 from evaluation.commands_frontier import frontier
+from evaluation.commands_influence import influence
 from evaluation.commands_latency import latency
 from evaluation.commands_quality import quality
 from evaluation.commands_report import report
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (quality, latency, frontier, report, train, serve):
+for command in (quality, latency, frontier, influence, report, train, serve):
     app.command()(command)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kveraser.errors import InputError
@@ -57,6 +58,22 @@ def latency_table(result: Mapping[str, Any]) -> str:
         cells_of = [f"{ratios[method, length]:.2f}" for length in lengths]
         lines.append(f"| `{method}` / bare forward pass | " + " | ".join(cells_of) + " |")
     return "\n".join(lines)
+
+
+def influence_table(result: Mapping[str, Any]) -> str:
+    """How often the messages about a span are ranked first, and the mean influence on them and on the others."""
+    rows = result["rows"]
+    about, others = list[float](), list[float]()
+    for row in rows:
+        for message, kl in zip(row["ranked"], row["kl"], strict=True):
+            (about if message in row["leaning"] else others).append(kl)
+    return "\n".join(
+        [
+            "| conversations | both messages about the span ranked first | their KL | KL of the other messages |",
+            "|---|---|---|---|",
+            f"| {len(rows)} | {result['first']:.0%} | {fmean(about):.3f} | {fmean(others):.3f} |",
+        ]
+    )
 
 
 def latency_growth_table(result: Mapping[str, Any]) -> str:
@@ -334,6 +351,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "ruler_depths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="depth")),
     "documents": ("longqa", partial(recovered_table, suite="longqa")),
     "frontier": ("frontier", frontier_table),
+    "influence": ("influence", influence_table),
     "serving": ("serving", serving_table),
     "stress": ("stress", serving_table),
     "serving_load": ("stress", serving_load_table),
@@ -341,7 +359,13 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 """By name: the result file, and what renders it."""
 
-DOCUMENTS = ("README.md", "docs/eraser.md", "docs/results.md", "src/kveraser/erasers/smollm2-135m-instruct/README.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/eraser.md",
+    "docs/measures.md",
+    "docs/results.md",
+    "src/kveraser/erasers/smollm2-135m-instruct/README.md",
+)
 """Where tables stand, from the repository's root."""
 
 

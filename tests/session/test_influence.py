@@ -90,6 +90,29 @@ def test_dependents_are_erased_along(backbone: Backbone) -> None:
     assert not any("It waits" in text for text in receipt.text)
 
 
+def test_dependents_of_dependents_are_erased_along(backbone: Backbone) -> None:
+    words = [
+        "The gate is red.",
+        "It is red.",
+        "Both are red.",
+        "All of it is red.",
+        "Nothing is blue.",
+        "It stays red.",
+    ]
+    messages = [{"role": ["user", "assistant"][place % 2], "content": word} for place, word in enumerate(words)]
+    session = Session(backbone, messages=messages)
+    direct = session.influence(Message(1)).messages
+    # A threshold that one message is above; without that message, others are.
+    threshold = sorted(message.kl for message in direct)[-2]
+    (first,) = (message.message for message in direct if message.kl > threshold)
+    further = session.influence([Message(1), Message(first)]).above(threshold)
+    assert further
+    receipt = session.erase(Message(1), "recompute", dependents=threshold)
+    erased = " ".join(receipt.text)
+    assert all(words[message] in erased for message in (1, first, *(one.message for one in further)))
+    assert words[0] not in erased
+
+
 @pytest.mark.parametrize("dependents", [-0.1, float("nan")])
 def test_a_bad_threshold_or_span_is_refused(backbone: Backbone, dependents: float) -> None:
     session = Session(backbone, messages=MESSAGES)

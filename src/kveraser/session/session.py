@@ -269,7 +269,8 @@ class Session:
             undoable: keep the old states for `undo`. False keeps nothing to undo with, this step or any earlier one;
                 buffer slots that the erase freed hold their old bits until they are written again.
             force: run the named method even where exact recomputation costs the same: for measurements.
-            dependents: erase later messages too, whose `influence` by the spans is above this, in nats per token.
+            dependents: erase later messages too, whose `influence` by the spans is above this, in nats per token;
+                then those that are influenced by these, and so on.
             parameters: the method's parameters by name.
 
         Returns:
@@ -283,10 +284,11 @@ class Session:
         if dependents is not None:
             if not dependents >= 0:
                 raise InputError(f"dependents is {dependents!r}: give a KL of at least 0 nats per token")
-            above = self.influence(what).above(dependents)
-            spans = resolve(
-                self.transcript, [*(Tokens(span.start, span.end) for span in spans), *map(self._turn, above)]
-            )
+            # A message may lean on the span only through another one that leans on it.
+            while above := self.influence([Tokens(span.start, span.end) for span in spans]).above(dependents):
+                spans = resolve(
+                    self.transcript, [*(Tokens(span.start, span.end) for span in spans), *map(self._turn, above)]
+                )
         changes = [Change(span) for span in spans]
         return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
