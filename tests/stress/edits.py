@@ -1,8 +1,8 @@
 """`python -m tests.stress.edits`: random scripts of edits on tiny models, checked after every step.
 
 A script erases, replaces, inserts, appends, asks, undoes, forks, saves and loads. After every step the session has the
-tokens of a plain list that was edited beside it; after every step by `recompute` its states and predictions are those of
-a fresh prefill; and what was undone is as before in every bit.
+tokens of a plain list that was edited beside it; while it is exact, as after an edit by `recompute`, its states and
+predictions are those of a fresh prefill; and what was undone is as before in every bit.
 """
 
 from __future__ import annotations
@@ -125,10 +125,8 @@ class Script:
         return method == "recompute"
 
     def insert(self) -> bool:
-        size = len(self.reference.tokens)
-        place = self.rng.choice(
-            [place for place in range(self.reference.body + 1, size) if self.reference.parted(place)]
-        )
+        places = range(self.reference.body + 1, len(self.reference.tokens))
+        place = self.rng.choice([place for place in places if self.reference.parted(place)])
         text, method = self.rng.choice(WORDS), self._method()
         receipt = self.session.insert(self.reference.characters(place), text, method)
         self._inserted(place, receipt.inserted, text)
