@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from evaluation.suites.base import Made, Suite, SuiteSettings
 from evaluation.suites.chains import CHAINS
+from evaluation.suites.edits import EDITS
 from evaluation.suites.heldout import HELDOUT
 from evaluation.suites.leak import LEAK
 from evaluation.suites.longqa import LONGQA
@@ -13,7 +14,7 @@ from evaluation.suites.scenarios import SCENARIOS
 from evaluation.suites.sweeps import SWEEPS
 
 SUITES: dict[str, Suite] = {
-    suite.name: suite for suite in (HELDOUT, NIAH, RULER, LONGQA, SCENARIOS, CHAINS, SWEEPS, LEAK)
+    suite.name: suite for suite in (HELDOUT, NIAH, RULER, LONGQA, SCENARIOS, CHAINS, SWEEPS, LEAK, EDITS)
 }
 
 __all__ = ["SUITES", "Made", "Suite", "SuiteSettings"]

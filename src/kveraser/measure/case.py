@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError, SpanError
 from kveraser.measure.questions import Query
+from kveraser.methods.apply import Edit
 from kveraser.model.backbone import Backbone
 from kveraser.text import chat
-from kveraser.text.spans import Selector, Span, Transcript, resolve
+from kveraser.text.spans import Selector, Span, Transcript, replacements, resolve
 
 ALL = "all"
 """Value of a cell's field that includes all values."""
@@ -90,6 +92,7 @@ class BenchCase:
         id: unique in a run.
         context: a document, or the messages of a conversation.
         erase: the spans to erase, all at once.
+        replace: a text that takes the place of each span; None: they are only erased.
         queries: at least one.
         attack: an adversary, measured as one more leak question.
     """
@@ -100,6 +103,7 @@ class BenchCase:
     erase: tuple[Selector, ...]
     queries: tuple[Query, ...]
     attack: Adversary | None = None
+    replace: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -153,16 +157,33 @@ class Asked:
 
 @dataclass(frozen=True)
 class TokenizedCase:
-    """A case on its context: the token spans to erase, in order, and the questions."""
+    """A case on its context: the token spans to erase, in order, and the questions.
+
+    Attributes:
+        inserted: for every span the tokens that take its place; empty where the spans are only erased.
+    """
 
     case: BenchCase
     spans: tuple[Span, ...]
     asked: tuple[Asked, ...]
+    inserted: tuple[tuple[int, ...], ...] = ()
 
     @property
     def erased(self) -> int:
         """Number of tokens to erase."""
         return sum(map(len, self.spans))
+
+    def edited(self, tokens: Sequence[int]) -> tuple[list[int], list[Edit]]:
+        """All tokens with those that are inserted after each span, and the edits by their indices."""
+        if not self.inserted:
+            targets = frozenset(token for span in self.spans for token in range(span.start, span.end))
+            return list(tokens), [Edit(targets)]
+        whole, edits = list(tokens), []
+        for span, added in zip(self.spans, self.inserted, strict=True):
+            start, end = (bound + len(whole) - len(tokens) for bound in (span.start, span.end))
+            whole[end:end] = added
+            edits.append(Edit(frozenset(range(start, end)), range(end, end + len(added))))
+        return whole, edits
 
 
 def tokenize_context(tokenizer: Any, context: str | Sequence[Mapping[str, Any]]) -> TokenizedContext:
@@ -187,13 +208,21 @@ def tokenize_case(tokenizer: Any, context: TokenizedContext, case: BenchCase) ->
     Raises:
         InputError: a span that is not in the context, no question, an empty one, or an answer without tokens.
     """
+    inserted: tuple[tuple[int, ...], ...] = ()
     try:
         spans = tuple(resolve(context.transcript, case.erase))
+        if case.replace is not None:
+            pairs = replacements(context.transcript, case.erase, case.replace)
+            spans = tuple(span for span, _ in pairs)
+            inserted = tuple(chat.added_text(tokenizer, text).tokens for _, text in pairs)
     except SpanError as error:
         raise InputError(f"case {case.id}: {error}") from error
+    if any(one.end > other.start for one, other in pairwise(spans)):
+        raise InputError(f"case {case.id} replaces spans that overlap: give each part of the context once")
     if not case.queries:
         raise InputError(f"case {case.id} asks nothing: give it a question")
-    return TokenizedCase(case, spans, tuple(_asked(tokenizer, context, case, query) for query in case.queries))
+    asked = tuple(_asked(tokenizer, context, case, query) for query in case.queries)
+    return TokenizedCase(case, spans, asked, inserted)
 
 
 def _asked(tokenizer: Any, context: TokenizedContext, case: BenchCase, query: Query) -> Asked:

@@ -57,6 +57,7 @@ class _Line(BaseModel):
     context: str | None = None
     messages: list[dict[str, Any]] | None = None
     erase: Any
+    replace: Annotated[str, Field(min_length=1)] | None = None
     question: str | None = None
     questions: list[Annotated[_Asked, BeforeValidator(_words_only)]] | None = None
     answers: list[str] | None = None
@@ -71,11 +72,11 @@ def read_case_file(path: str | Path) -> tuple[BenchCase, ...]:
     """The cases of a file, an object a line; blank lines are skipped.
 
     Keys: `id` (default: the line's number), `context` or `messages`, `erase` (a text, `[start, end]` in characters, an
-    object such as `{"message": 3}`, or a list of such), `question` or `questions` (texts, or objects with `question`,
-    `answers`, `wrong`, `kind`, `answer` and `answer_prefix`), `answers` (those accepted), `wrong` (none of which may be
-    said), `kind` (influence, leak or no_harm), `answer` (the one that is forced; default: the first of `answers`),
-    `answer_prefix` (text at the beginning of the assistant's turn, before the answer) and `task`. The answers
-    of a leak question are what must not come out.
+    object such as `{"message": 3}`, or a list of such), `replace` (a text that takes the place of each), `question` or
+    `questions` (texts, or objects with `question`, `answers`, `wrong`, `kind`, `answer` and `answer_prefix`), `answers`
+    (those accepted), `wrong` (none of which may be said), `kind` (influence, leak or no_harm), `answer` (the one that
+    is forced; default: the first of `answers`), `answer_prefix` (text at the beginning of the assistant's turn, before
+    the answer) and `task`. The answers of a leak question are what must not come out.
 
     Raises:
         InputError: no such file, no case in it, or malformed lines, the first ten with reasons.
@@ -128,6 +129,8 @@ def _case(number: int, line: str) -> BenchCase:
         remaining: str | None = _remaining_of_text(given.context, selectors)
     else:
         remaining = _remaining_of_messages(given.messages or [], selectors)
+    if given.replace is not None and remaining is not None:
+        remaining = f"{remaining}\n{given.replace}"
     asked = [_Asked(question=given.question)] if given.question is not None else given.questions or []
     if not asked:
         raise InputError("questions is empty: ask something")
@@ -137,6 +140,7 @@ def _case(number: int, line: str) -> BenchCase:
         context=given.context if given.context is not None else tuple(given.messages or ()),
         erase=selectors,
         queries=tuple(_query(given, one, remaining) for one in asked),
+        replace=given.replace,
     )
 
 

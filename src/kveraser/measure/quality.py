@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kveraser.cache.editable import EditableCache
+from kveraser.errors import MethodError
 from kveraser.measure.audit import kl_divergence
 from kveraser.measure.case import Asked, Attacked, TokenizedCase, TokenizedContext, context_id
 from kveraser.measure.packing import greedy_start, greedy_together, score_together
 from kveraser.measure.questions import contains
 from kveraser.measure.results import Answered, CaseResult, Measured, Question
 from kveraser.methods import Method
-from kveraser.methods.apply import erase_tokens
+from kveraser.methods.apply import edit_tokens
 from kveraser.methods.recompute import Recompute
 from kveraser.model.backbone import Backbone
 
@@ -63,7 +64,7 @@ def positions_needed(context: TokenizedContext, case: TokenizedCase) -> int:
     """Positions to measure a case: its context, a method's appended text, the longest question and its answer."""
     asked = max(len(one.prompt) + max(len(one.answer), answer_limit(one)) for one in case.asked)
     attacked = ATTACK_TOKENS + CONFESSION_TOKENS if case.case.attack else 0
-    return len(context.tokens) + NOTICE_TOKENS + max(asked, attacked)
+    return len(context.tokens) + sum(map(len, case.inserted)) + NOTICE_TOKENS + max(asked, attacked)
 
 
 def measure_context(
@@ -98,30 +99,40 @@ def _measure_case(
     methods: Sequence[Method],
     check: bool,
 ) -> CaseResult:
-    targets = frozenset(token for span in case.spans for token in range(span.start, span.end))
+    tokens, changes = case.edited(context.tokens)
+    targets = frozenset[int]().union(*(change.targets for change in changes))
+    refused: list[str] = []
     costs: dict[str, tuple[float, int]] = {UNERASED: (0.0, 0)}
     replies = {UNERASED: _ask(backbone, cache, context, case, [])}
     edits = {EXACT: Recompute(), **{str(method): method for method in methods if not method.is_reference}}
     for name, method in edits.items():
-        with cache.edit() as journal:
-            _synchronize(backbone)
-            started = time.perf_counter()
-            recomputed = erase_tokens(backbone, cache, method, context.tokens, targets)
-            _synchronize(backbone)
-            costs[name] = time.perf_counter() - started, recomputed
+        try:
+            with cache.edit() as journal:
+                for change in changes:
+                    cache.renumber(change.inserted.start, len(change.inserted))
+                _synchronize(backbone)
+                started = time.perf_counter()
+                recomputed = edit_tokens(backbone, cache, method, tokens, changes)
+                _synchronize(backbone)
+                costs[name] = time.perf_counter() - started, recomputed
+        except MethodError:
+            if not case.inserted:
+                raise
+            refused.append(name)
+            continue
         try:
             replies[name] = _ask(backbone, cache, context, case, [*replies.values()])
         finally:
             cache.revert(journal)
     exact = fresh = replies[EXACT].scores
     if check:
-        tokens = [token for place, token in enumerate(context.tokens) if place not in targets]
-        fresh = score_together(backbone, backbone.prefill(tokens), [(one.prompt, one.answer) for one in case.asked])
+        left = [token for place, token in enumerate(tokens) if place not in targets]
+        fresh = score_together(backbone, backbone.prefill(left), [(one.prompt, one.answer) for one in case.asked])
     measured = {
         name: Measured(*costs[name], _answers(backbone, case, replied, fresh if name == EXACT else exact))
         for name, replied in replies.items()
     }
-    return _result(context, case, measured)
+    return replace(_result(context, case, measured), refused=tuple(refused))
 
 
 def _ask(
@@ -202,6 +213,7 @@ def _result(context: TokenizedContext, tokenized: TokenizedCase, measured: dict[
         after=transcript.text[end : end + EXCERPT],
         questions=tuple(questions),
         methods=measured,
+        inserted=case.replace,
     )
 
 

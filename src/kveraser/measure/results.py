@@ -70,6 +70,8 @@ class CaseResult:
         context: id of the context. Cases of one context are not independent.
         distance_tokens: from the end of the last span to the end of the context.
         before, after: excerpts of the text around the spans.
+        inserted: the text that takes the place of each span; None: the spans are only erased.
+        refused: methods that can't insert it.
     """
 
     id: str
@@ -84,6 +86,8 @@ class CaseResult:
     after: str
     questions: tuple[Question, ...]
     methods: dict[str, Measured]
+    inserted: str | None = None
+    refused: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the cell's fields at the top level."""

@@ -262,7 +262,7 @@ def _resume(
                     f"{folder} holds another run: its case {result.id} is not the one that is to be measured: "
                     "choose another folder, or the same settings"
                 )
-            if list(result.methods) == list(names):
+            if {*result.methods, *result.refused} == set(names):
                 done[result.id] = result
         _replace(lines, "".join(map(_line, done.values())))
     except OSError as error:

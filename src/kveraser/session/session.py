@@ -31,12 +31,10 @@ from kveraser.text.spans import (
     Erasable,
     Message,
     Span,
-    Text,
     Tokens,
     Transcript,
-    in_turn,
-    margins,
     place_of,
+    replacements,
     resolve,
 )
 from kveraser.text.template import ChatOptions, notices, special_notices
@@ -320,14 +318,7 @@ class Session:
         self.state.check_idle()
         if not isinstance(text, str) or not text:
             raise InputError(f"the new text is {text!r}: give some text, or use erase")
-        several = [what] if isinstance(what, str) or not isinstance(what, Sequence) else what
-        changes = []
-        for one in several:
-            selector = in_turn(Text(one) if isinstance(one, str) else one)
-            for span in resolve(self.transcript, selector):
-                before, after = margins(self.transcript, selector, span)
-                changes.append(Change(span, self._added(before + text + after)))
-        changes.sort(key=lambda change: change.span.start)
+        changes = [Change(span, self._added(new)) for span, new in replacements(self.transcript, what, text)]
         return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
     def insert(

@@ -405,6 +405,23 @@ def margins(transcript: Transcript, selector: Selector, span: Span) -> tuple[str
     return text[: named[0]], text[named[1] :]
 
 
+def replacements(transcript: Transcript, what: Erasable, text: str) -> list[tuple[Span, str]]:
+    """The spans that `what` points at, in order, each with the text that takes its place.
+
+    That is `text`, with what snapping to whole tokens added to the span. Of a message only the content is replaced.
+
+    Raises:
+        SpanError: as of `resolve`.
+    """
+    found = []
+    for one in [what] if isinstance(what, str) or not isinstance(what, Sequence) else what:
+        selector = in_turn(Text(one) if isinstance(one, str) else one)
+        for span in resolve(transcript, selector):
+            before, after = margins(transcript, selector, span)
+            found.append((span, before + text + after))
+    return sorted(found, key=lambda pair: pair[0].start)
+
+
 def place_of(transcript: Transcript, position: int) -> Place:
     """The token before which a text at character `position`, counted as by `Characters`, is inserted.
 
