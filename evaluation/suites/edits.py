@@ -32,9 +32,12 @@ def make(settings: SuiteSettings) -> Made:
         for task in settings.tasks:
             cell = Cell("edits", task, length=length)
             for index in range(settings.cases):
-                rng = random.Random(f"{settings.seed}/edits/{task}/{length}/{index}")
-                context, span, text, queries = TASKS[task](rng, settings, length)
-                cases.append(BenchCase(f"edits/{task}/{length}/{index}", cell, context, (span,), queries, replace=text))
+                # The same contexts for a task and for its spans without new text.
+                made_by = task.removesuffix(ERASED)
+                rng = random.Random(f"{settings.seed}/edits/{made_by}/{length}/{index}")
+                context, span, text, queries = TASKS[made_by](rng, settings, length)
+                new = text if task == made_by else None
+                cases.append(BenchCase(f"edits/{task}/{length}/{index}", cell, context, (span,), queries, replace=new))
     return Made(tuple(cases))
 
 

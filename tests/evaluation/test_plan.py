@@ -66,7 +66,7 @@ def test_the_cpu_profile_takes_every_generated_suite_at_sizes_of_its_own() -> No
     with_questions, without = profile_plans("cpu", 3, "questions.json")
     assert [plan.suite for plan in with_questions] == [one.suite for one in PROFILES["cpu"].suites]
     assert {plan.cases for plan in with_questions} == {3} and without == ()
-    assert {plan.suite for plan in with_questions} == set(SUITES) - {"heldout", "ruler"}
+    assert {plan.suite for plan in with_questions} == set(SUITES) - {"heldout", "ruler", "edits"}
 
 
 def test_profiles_that_are_none_and_counts_that_make_no_sense_are_refused() -> None:

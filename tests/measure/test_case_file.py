@@ -53,6 +53,19 @@ def test_a_line_becomes_a_case_of_the_suite_cases(read: Read) -> None:
     assert case.queries == (Query("When?", "nine", accepted=("nine",), wrong=("ten",)),)
 
 
+def test_a_text_that_takes_the_place_of_the_span(read: Read) -> None:
+    replaced = {"replace": "Correction: the gate opens at six.", "answers": ["six"]}
+    (case,) = read(LINE | replaced)
+    assert case.replace == replaced["replace"]
+    # Without it, no text says six; and an empty one is an erase.
+    assert "six" in refused(read, LINE | {"answers": ["six"]})
+    assert "replace" in refused(read, LINE | {"replace": ""})
+    overlapping = LINE | replaced | {"erase": ["the gate opens at ten", "Correction: the gate"]}
+    (case,) = read(overlapping)
+    with pytest.raises(InputError, match="overlap"):
+        tokenize_case(tiny_tokenizer(), tokenize_context(tiny_tokenizer(), CONTEXT), case)
+
+
 def test_ids_tasks_and_forced_answers_are_taken_and_blank_lines_skipped(read: Read) -> None:
     cases = read(LINE | {"id": "gate", "task": "doors", "answer": "At nine."}, "", LINE, LINE | {"id": 7})
     assert [case.id for case in cases] == ["gate", "3", "7"]

@@ -92,6 +92,39 @@ def test_every_method_is_measured_as_by_a_plain_reference(
             assert one.correct == expected and (expected or method != "recompute")
 
 
+def test_replaced_text_is_measured_as_by_a_session(backbone: Backbone) -> None:
+    new = " It is Bob who keeps the log."
+    context, (case,) = cut(backbone, replace(judged(backbone, bench_case()), replace=new))
+    names = ("mask", "shift", "follow", "repair(4)")
+    (result,) = measure_context(backbone, context, [case], resolved(backbone, *names), [case])
+    assert result.refused == ("mask",) and result.inserted == new
+    session = Session(backbone, text=CONTEXT)
+    exact = backbone.prefill(tokens_after(session, new))
+    for name, of_method in result.methods.items():
+        if name == UNERASED:
+            continue
+        session.replace(case.case.erase, new, name, force=True)
+        assert session.live_tokens == tokens_after(Session(backbone, text=CONTEXT), new)
+        for asked, one in zip(case.asked, of_method.answers, strict=True):
+            reference, edited = (
+                score(backbone, given, asked.prompt, asked.answer).double() for given in (exact, session.cache)
+            )
+            assert one.kl == pytest.approx(float((reference.exp() * (reference - edited)).sum()), rel=1e-3, abs=1e-5)
+        assert of_method.recomputed == session.receipts[-1].recomputed
+        session.undo()
+    # The checked reference is a prefill of its own.
+    kls = {name: of_method.answers[0].kl or 0 for name, of_method in result.methods.items()}
+    assert kls["shift"] > 0.01 > abs(kls["recompute"])
+
+
+def tokens_after(session: Session, new: str) -> list[int]:
+    """The tokens of the edited text: those of the session, with those of `new` in the span's place."""
+    ((span, _),) = session.find(SPAN)
+    added = session.backbone.tokenizer(new, add_special_tokens=False)["input_ids"]
+    tokens = session.transcript.tokens
+    return [*tokens[: span.start], *added, *tokens[span.end :]]
+
+
 def test_methods_differ_and_cost_what_they_ran(
     measured: tuple[TokenizedContext, TokenizedCase, CaseResult],
 ) -> None:
