@@ -251,6 +251,38 @@ def test_a_character_cut_off_by_the_limit_is_shown_as_what_it_is(backbone: Backb
     assert pieces == ["a", "\ufffd"] and decoded.text == "a\ufffd" and len(decoded.tokens) == 3
 
 
+WORDS = ("the thing", "🙂", " 漢字", "é", "\n\n", " a", "x🙂🙂", "don't", " .", "  ")
+
+
+class Counting:
+    """A tokenizer that notes how many tokens it decodes at once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.added_tokens_decoder, self.most = tokenizer, tokenizer.added_tokens_decoder, 0
+
+    def decode(self, tokens: list[int]) -> str:
+        self.most = max(self.most, len(tokens))
+        return str(self.tokenizer.decode(tokens))
+
+
+def test_the_text_of_a_long_answer_is_decoded_a_window_at_a_time(backbone: Backbone) -> None:
+    text = "".join(WORDS[number * number % 7 + number % 4] for number in range(200))
+    tokens = backbone.tokenize(text)[0]
+    counting = Counting(backbone.tokenizer)
+    answer = AnswerText(counting, ())
+    pieces = [answer.add(token) for token in tokens]
+    assert "".join(pieces) == answer.text == text and len(tokens) > 600
+    assert counting.most < 20
+
+
+def test_broken_characters_leave_the_window_bounded(backbone: Backbone) -> None:
+    broken = backbone.tokenize("🙂")[0][:1] * 500
+    counting = Counting(backbone.tokenizer)
+    answer = AnswerText(counting, ())
+    pieces = [answer.add(token) for token in [*broken, *backbone.tokenize(" end")[0]]]
+    assert answer.text == "".join(pieces) == "\ufffd" * 500 + " end" and counting.most < 200
+
+
 def test_special_tokens_that_mark_calls_are_shown_so_that_calls_can_be_read() -> None:
     """As Mistral's, whose marker is a special token."""
     tokenizer = tiny_tokenizer()

@@ -182,13 +182,24 @@ class AnswerText:
         added = tokenizer.added_tokens_decoder
         shown = set(map(str, added.values())) if show_special else CALL_MARKERS
         self._hidden = {token for token, text in added.items() if text.special and str(text) not in shown}
-        self._tokens: list[int] = []
+        # The text of all tokens but those of the window; the window's first `_known` tokens only give it a beginning.
+        self._decoded, self._window, self._known = "", list[int](), 0
 
     def add(self, token: int) -> str:
-        """Add a token; what can be shown now and could not before."""
+        """Add a token; what can be shown now and could not before.
+
+        Decodes a window of the last tokens, as in vLLM and TGI, so that the cost of a token does not grow with the
+        answer.
+        """
         if token not in self._hidden:
-            self._tokens.append(token)
-        whole = self._tokenizer.decode(self._tokens)
+            self._window.append(token)
+        known = len(self._tokenizer.decode(self._window[: self._known]))
+        new = self._tokenizer.decode(self._window)[known:]
+        whole = self._decoded + new
+        if new and (not new.endswith("\ufffd") or len(self._window) - self._known >= BLOCK_TOKENS):
+            # No character is unfinished: these tokens become the beginning of the next window.
+            self._decoded, self._window = whole, self._window[self._known :]
+            self._known = len(self._window)
         self.text = _cut(whole, self._stop)
         self.cut = len(self.text) < len(whole)
         return self._show(_without_partial(self.text, self._stop))
