@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from kveraser.cache.editable import EditableCache
 from kveraser.model.backbone import Backbone
@@ -38,6 +38,27 @@ SHARED = {
 DEVICE = os.environ.get("KVERASER_TEST_DEVICE", "cpu")
 """Where tiny models lie."""
 
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPED = {
+    **MOE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+FULL_LAYERS = ["full_attention"] * 3
+SMALL_VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+}  # fmt: skip
+QWEN3_VISION = {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+SECTIONS = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+
+
+def partial(share: float) -> dict[str, Any]:
+    """Rotary settings that turn this share of every head."""
+    return {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": share}
+
+
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -45,11 +66,105 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "phi3": {"sliding_window": None},
     "gemma": {"head_dim": 8, "num_key_value_heads": 1},
-    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+    "gpt_neox": {"rope_parameters": partial(0.5)},
     "gpt2": {},
-}
-FAMILIES = tuple(FAMILY_SETTINGS)
+    "apertus": {},
+    "arcee": {},
+    "biogpt": {},
+    "bitnet": {},
+    "codegen": {"rotary_dim": 4},
+    "cohere": {"logit_scale": 1.0, "use_qk_norm": True},
+    "diffllama": {},
+    "dots1": {**GROUPED, "sliding_window": None},
+    "ernie4_5": {"head_dim": 8},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "exaone4": {"layer_types": FULL_LAYERS, "sliding_window": None},
+    "falcon": {},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "glm4_moe": GROUPED,
+    "gpt_bigcode": {},
+    "gptj": {"rotary_dim": 4},
+    "granite": {},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {
+        "num_local_experts": 0, "shared_intermediate_size": 48, "mamba_n_heads": 8, "mamba_d_head": 8,
+        "layer_types": ["attention"] * 3, "position_embedding_type": "rope",
+    },
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
+    "hy_v3": {**MOE, "num_experts": 4, "head_dim": 8},
+    "hyperclovax": {"head_dim": 8},
+    "jais2": {},
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": partial(0.5)},
+    "ministral3": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "nanochat": {},
+    "nemotron": {"rope_parameters": partial(0.5)},
+    "olmo": {},
+    "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "persimmon": {"rope_parameters": partial(0.5)},
+    "phi": {"rope_parameters": partial(0.5)},
+    "phimoe": {"num_local_experts": 4, "sliding_window": None},
+    "qwen2_moe": {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**MOE, "num_experts": 4, "head_dim": 8},
+    "seed_oss": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": False},
+    "solar_open": {**GROUPED, "head_dim": 8},
+    "stablelm": {"qk_layernorm": True, "rope_parameters": partial(0.5)},
+    "starcoder2": {"sliding_window": None},
+    "xglm": {"ffn_dim": 48},
+    "glm4v": {"text_config": {"rope_parameters": SECTIONS}, "vision_config": {**QWEN_VISION, "image_size": 28}},
+    "internvl": {
+        "text_config": {"model_type": "qwen3", "head_dim": 8},
+        "vision_config": {**SMALL_VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+    },
+    "llava": {
+        "text_config": {"model_type": "llama"}, "vision_config": {**SMALL_VISION, "model_type": "clip_vision_model"},
+    },
+    "mistral3": {
+        "text_config": {"model_type": "ministral3", "head_dim": 8},
+        "vision_config": {**SMALL_VISION, "model_type": "pixtral"},
+    },
+    "qwen2_vl": {
+        "text_config": {"rope_parameters": SECTIONS},
+        "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+    },
+    "qwen2_5_vl": {
+        "text_config": {"rope_parameters": SECTIONS}, "vision_config": {**QWEN_VISION, "fullatt_block_indexes": [0]},
+    },
+    "qwen3_vl": {"text_config": {"head_dim": 8, "rope_parameters": SECTIONS}, "vision_config": QWEN3_VISION},
+    "qwen3_vl_moe": {
+        "text_config": {**MOE, "num_experts": 4, "head_dim": 8, "rope_parameters": SECTIONS},
+        "vision_config": QWEN3_VISION,
+    },
+}  # fmt: skip
+"""A tiny config of every family of `kveraser.model.families`."""
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gpt_neox", "gpt2")
+"""The families that every method and layout is run on; the others pass through tests/model/test_families.py."""
 ROTARY_FAMILIES = tuple(family for family in FAMILIES if family != "gpt2")
+
+
+def tiny_config(family: str = "llama", **overrides: Any) -> Any:
+    """The config of `tiny_model`; for a model with images, `overrides` are of its text."""
+    settings = FAMILY_SETTINGS.get(family, {})
+    if "text_config" in settings:
+        text = {**SHARED, **settings["text_config"], **overrides}
+        return AutoConfig.for_model(family, text_config=text, vision_config=settings["vision_config"])
+    return AutoConfig.for_model(family, **{**SHARED, **settings, **overrides})
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
@@ -58,10 +173,12 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> Any:
     Weights are large, so that tokens change one another's states a lot and a tolerance of 1e-4 on logits means much.
     It lies on `DEVICE`.
     """
-    config = AutoConfig.for_model(family, **{**SHARED, **FAMILY_SETTINGS.get(family, {}), **overrides})
+    config = tiny_config(family, **overrides)
+    multimodal = "text_config" in FAMILY_SETTINGS.get(family, {})
+    auto_class: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -1,8 +1,8 @@
 """Re-rotate keys to other positions under rotary position embeddings (RoPE, arXiv:2104.09864).
 
-Models differ in how they rotate (half-split or interleaved pairs, part of the head, some layers not at all). `detect`
-measures it: a single token attends only to itself, so its keys at two positions differ by a rotation alone. A model
-whose keys differ in another way is refused.
+Models differ in how they rotate (half-split or interleaved pairs, clockwise, part of the head, before a norm, some
+layers not at all). `detect` measures it: a single token attends only to itself, so its keys at two positions differ by
+a rotation alone. A model whose keys differ in another way is refused.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import torch
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import RotationError
 
-Convention = Literal["half", "interleaved", "none"]
+Convention = Literal["half", "interleaved", "clockwise", "none"]
+"""Pairs of dimensions that rotate; `clockwise`: half-split pairs that rotate in the other direction (nanochat)."""
 
-# These scalings change the frequencies with the length of the text, so that a key has no fixed rotation to move by.
+# These scalings change the frequencies with the length of the text, from the position that `fixed_frequencies_end` gives.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 FREQUENCIES = ("inv_freq", "full_attention_inv_freq")
 """Where rotary modules keep their frequencies; the second where layers of several types have their own."""
+
+NORM_OF_KEYS = ".key_layernorm"
+"""The norms that keys may pass after their rotation; `detect` measures whether they do."""
 
 PROBE_DISTANCE = 37
 FLOAT32_TOLERANCE = 1e-3
@@ -50,10 +54,17 @@ def fixed_frequencies_end(config: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How a backbone rotates its keys: inverse frequencies, float32 `[rotary_dim / 2]`, and a convention a layer."""
+    """How a backbone rotates its keys.
+
+    Args:
+        inverse_frequencies: float32 `[rotary_dim / 2]`.
+        conventions: one a layer.
+        scales: a layer, the weights `[head_dim]` of a norm that keys pass after their rotation (Hunyuan), or None.
+    """
 
     inverse_frequencies: torch.Tensor
     conventions: tuple[Convention, ...]
+    scales: tuple[torch.Tensor | None, ...]
 
     def rotate(self, keys: Sequence[torch.Tensor], delta: float) -> list[torch.Tensor]:
         """Keys moved by `delta` positions.
@@ -69,22 +80,35 @@ class Rotation:
 
     def rotated(self, keys: Sequence[torch.Tensor], delta: float) -> Iterator[torch.Tensor]:
         """As `rotate`, a layer when it is asked for: one layer's keys fit where memory is fast."""
-        for layer, convention in zip(keys, self.conventions, strict=True):
-            yield rotate_keys(layer, self.inverse_frequencies, convention, delta)
+        for layer, convention, scale in zip(keys, self.conventions, self.scales, strict=True):
+            yield rotate_keys(layer, self.inverse_frequencies, convention, delta, scale)
 
 
 def rotate_keys(
-    keys: torch.Tensor, inverse_frequencies: torch.Tensor, convention: Convention, delta: float
+    keys: torch.Tensor,
+    inverse_frequencies: torch.Tensor,
+    convention: Convention,
+    delta: float,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotate one layer's keys `[..., head_dim]` by `delta` positions; what is not rotary passes through."""
+    """Rotate one layer's keys `[..., head_dim]` by `delta` positions; what is not rotary passes through.
+
+    Args:
+        scale: `[head_dim]`, what the keys were multiplied by after their rotation.
+    """
     if convention == "none" or delta == 0:
         return keys.clone()
+    if convention == "clockwise":
+        delta = -delta
+    if scale is not None:
+        unscaled = rotate_keys(keys.float() / scale.float(), inverse_frequencies, convention, delta)
+        return (unscaled * scale.float()).to(keys.dtype)
     # In float64: a float32 product of a large delta and a frequency near 1 is less precise than the keys.
     angles = inverse_frequencies.to(device=keys.device, dtype=torch.float64) * delta
     cosine, sine = angles.cos().float(), angles.sin().float()
     rotary_dim = 2 * inverse_frequencies.numel()
     rotary = keys[..., :rotary_dim].float()
-    if convention == "half":
+    if convention != "interleaved":
         first, second = rotary[..., : rotary_dim // 2], rotary[..., rotary_dim // 2 :]
         turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     else:
@@ -101,21 +125,18 @@ def detect(model: Any, layers: int) -> Rotation:
         layers: its number of decoder layers.
 
     Raises:
-        RotationError: no rotary module, length-dependent frequencies, or keys that no known rotation explains.
+        RotationError: no rotary module, or keys that no known rotation explains.
     """
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Models with several types of layers have parameters for each.
-    parameters = parameters.get("full_attention", parameters)
-    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-    if kind in LENGTH_DEPENDENT:
-        raise RotationError(
-            f"{name}: rope_type '{kind}' changes its frequencies with the length of the text, so keys can't be moved. "
-            "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
-        )
     # A vision tower has frequencies of its own.
     decoder = model.get_decoder() or model
+    cache = EditableCache(layers)
+    token = torch.full((2, 1), min(5, config.vocab_size - 1), device=model.device)
+    positions = torch.tensor([[1], [1 + PROBE_DISTANCE]], device=model.device)
+    with torch.no_grad():
+        model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True)
+    # Read after the probe: where they depend on the length of the text, they are now those of a short one.
     frequencies = next(
         (getattr(module, buffer) for module in decoder.modules() for buffer in FREQUENCIES if hasattr(module, buffer)),
         None,
@@ -127,25 +148,23 @@ def detect(model: Any, layers: int) -> Rotation:
             "Use a method that keeps positions: recompute, mask, zero_value, blank, or kveraser with layout='keep'."
         )
     frequencies = frequencies.detach().float()
-    cache = EditableCache(layers)
-    token = torch.full((2, 1), min(5, config.vocab_size - 1), device=model.device)
-    positions = torch.tensor([[1], [1 + PROBE_DISTANCE]], device=model.device)
-    with torch.no_grad():
-        model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True)
     tolerance = FLOAT32_TOLERANCE if model.dtype == torch.float32 else HALF_TOLERANCE
-    conventions: list[Convention] = []
+    norms = [module.weight.detach() for path, module in decoder.named_modules() if path.endswith(NORM_OF_KEYS)]
+    found: list[tuple[Convention, torch.Tensor | None]] = []
     for index, (keys, _) in enumerate(cache.read(0, 1)):
         here, there = keys[:1], keys[1:].float()
-        candidates: tuple[Convention, ...] = ("half", "interleaved", "none")
-        errors = {
-            candidate: float((rotate_keys(here, frequencies, candidate, PROBE_DISTANCE).float() - there).norm())
-            for candidate in candidates
-        }
-        best = min(candidates, key=errors.__getitem__)
-        if errors[best] > tolerance * float(there.norm()):
+        kinds: tuple[Convention, ...] = ("half", "interleaved", "clockwise", "none")
+        candidates = [(kind, scale) for scale in (None, *norms[index : index + 1]) for kind in kinds]
+        errors = [
+            float((rotate_keys(here, frequencies, kind, PROBE_DISTANCE, scale).float() - there).norm())
+            for kind, scale in candidates
+        ]
+        best = min(range(len(candidates)), key=errors.__getitem__)
+        if not errors[best] <= tolerance * float(there.norm()):
             raise RotationError(
                 f"{name}: the keys of layer {index} change with the position by no known rotation "
                 f"(relative error {errors[best] / float(there.norm()):.2g}). Use a method that keeps positions."
             )
-        conventions.append(best)
-    return Rotation(frequencies, tuple(conventions))
+        found.append(candidates[best])
+    conventions, scales = zip(*found, strict=True)
+    return Rotation(frequencies, conventions, scales)

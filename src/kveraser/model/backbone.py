@@ -95,7 +95,7 @@ class Backbone:
             UnsupportedModelError: its layers can't be edited exactly.
             EraserError: the eraser can't be loaded or is for another backbone.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -111,9 +111,9 @@ class Backbone:
             source = str(bundled_backbone_folder())
         try:
             # Refusals come before weights are fetched.
-            check_config(AutoConfig.from_pretrained(source), str(name))
+            auto_class = check_config(AutoConfig.from_pretrained(source), str(name))
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
+            model: Any = auto_class.from_pretrained(source, dtype=chosen)
             model = model.to(device)
             share_heads(model)
         except KVEraserError:

@@ -13,22 +13,34 @@ WINDOWS = ("sliding_attention", "chunked_attention", "local_attention", "local")
 """Types whose layers keep only part of a context."""
 
 
-def check_config(config: Any, name: str) -> None:
+def check_config(config: Any, name: str) -> Any:
     """Refuse a config whose layers' cache can't be edited exactly, or whose weights can't be run here.
+
+    Returns:
+        The auto class of transformers that loads its model: of causal language models, or of models with images, of
+        which the text alone is run.
 
     Raises:
         UnsupportedModelError: naming the layer type.
         BackboneError: no causal language model, or quantized in a way that needs what is not there.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
 
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    check_layers(config, name, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None)
-    if not known and not getattr(config, "auto_map", None):
+    kinds = (
+        (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    )
+    auto_class, model_class = next(
+        ((auto, mapping[type(config)]) for auto, mapping in kinds if type(config) in mapping), (None, None)
+    )
+    check_layers(config, name, model_class)
+    if auto_class is None and not getattr(config, "auto_map", None):
         raise BackboneError(
             f"{name} is a {config.model_type} model, which is no causal language model: give one that continues text"
         )
     _check_quantization(config, name)
+    return auto_class or AutoModelForCausalLM
 
 
 def check_layers(config: Any, name: str, model_class: Any) -> None:
@@ -58,6 +70,10 @@ def check_layers(config: Any, name: str, model_class: Any) -> None:
         )
     if getattr(text, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(name, "multi_head_latent_attention", "keys are rebuilt from a compressed state")
+    if getattr(text, "alibi", False):
+        raise UnsupportedModelError(name, "alibi", "they bias by the slots of the cache, which an erase moves")
+    if model_class is not None and "position_ids" not in inspect.signature(model_class.forward).parameters:
+        raise UnsupportedModelError(name, "implicit_positions", "the model takes no position_ids")
     window = _window(text)
     if window is not None and window < (text.max_position_embeddings or 0):
         raise UnsupportedModelError(
@@ -66,14 +82,12 @@ def check_layers(config: Any, name: str, model_class: Any) -> None:
 
 
 def check_model(model: Any, name: str) -> None:
-    """Refuse a loaded model for its layers, and one that can't be told positions.
+    """Refuse a loaded model for its layers.
 
     Raises:
         UnsupportedModelError: naming the layer type.
     """
     check_layers(model.config, name, type(model))
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        raise UnsupportedModelError(name, "implicit_positions", "the model takes no position_ids")
     text = model.config.get_text_config(decoder=True)
     if _window(text) is not None:
         # A window that no position can leave is full attention: said so, the model builds the ordinary mask.
