@@ -31,7 +31,8 @@ NOT_PLAIN = (
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """PEFT initializations that leave the base model's weights unchanged. The others (pissa, olora, corda, loftq, ...) move
 part of the weights into the adapter."""
-PAPER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+PAPER_MODULES = (*ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,15 @@ class Eraser:
         settings.check("untrained eraser")
 
         linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
+        # Experts share one tensor a layer, which no plain LoRA fits.
+        experts = any(parameter.dim() == 3 for parameter in model.parameters())
+        wanted = ATTENTION_MODULES if experts else PAPER_MODULES
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=0.0,
             # Models with fused projections (Phi-3, GPT-NeoX) name the same seven otherwise.
-            target_modules=list(PAPER_MODULES) if set(PAPER_MODULES) <= linear else "all-linear",
+            target_modules=list(wanted) if set(wanted) <= linear else "all-linear",
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             bias="none",
             task_type="CAUSAL_LM",
