@@ -15,6 +15,7 @@ from kveraser.errors import InputError
 from kveraser.files import replacing
 from kveraser.measure.case import ALL
 from kveraser.measure.rows import AXES
+from kveraser.model.families import FAMILIES
 
 NOT_MEASURED = "Not measured."
 MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -258,6 +259,17 @@ def frontier_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def models_table(_: Mapping[str, Any]) -> str:
+    """The families of `kveraser models`, a row a model type."""
+    lines = ["| `model_type` | models | layers | positions | works | limits |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| `{family.model_type}` | {family.products} | {', '.join(family.layer_types)} | {family.positions} "
+        f"| {family.works} | {family.limits} |"
+        for family in FAMILIES
+    ]
+    return "\n".join(lines)
+
+
 def _margin(result: Mapping[str, Any], suite: str, axis: str | None = None) -> list[Mapping[str, Any]]:
     """The rows over all cells of a suite; with an axis, those over all cells of one value on it."""
     wanted = {"suite": suite} | {name: ALL for name in AXES if name not in ("suite", axis)}
@@ -356,13 +368,15 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "stress": ("stress", serving_table),
     "serving_load": ("stress", serving_load_table),
     "serving_soak": ("serving-soak", serving_table),
+    "models": ("", models_table),
 }
-"""By name: the result file, and what renders it."""
+"""By name: the result file, if it has one, and what renders it."""
 
 DOCUMENTS = (
     "README.md",
     "docs/eraser.md",
     "docs/measures.md",
+    "docs/models.md",
     "docs/results.md",
     "src/kveraser/erasers/smollm2-135m-instruct/README.md",
 )
@@ -382,7 +396,10 @@ def fill(document: str, results: Path) -> str:
         source = results / f"{result}.json"
         if rendered is None:
             raise InputError(f"the table {name!r} has no renderer: there are {', '.join(TABLES)}")
-        table = rendered(json.loads(source.read_text("utf-8"))) if source.is_file() else NOT_MEASURED
+        if result:
+            table = rendered(json.loads(source.read_text("utf-8"))) if source.is_file() else NOT_MEASURED
+        else:
+            table = rendered({})
         return f"<!-- table: {name} -->\n{table}\n<!-- end -->"
 
     return MARKED.sub(render, document)

@@ -12,25 +12,26 @@ from kveraser.errors import RotationError
 from kveraser.methods import make_method
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
-from tests.tiny import ROTARY_FAMILIES, distance, random_tokens, tiny_backbone, tiny_model, tiny_tokenizer
+from tests.tiny import POSITIONS, ROTARY_FAMILIES, distance, random_tokens, tiny_backbone, tiny_model, tiny_tokenizer
 
 TOKENS = random_tokens(12)
 
-HALF, INTERLEAVED = ("half",) * 3, ("interleaved",) * 3
-ROTATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    **{family: (family, {}, HALF) for family in ROTARY_FAMILIES},
-    "cohere": ("cohere", {}, INTERLEAVED),
-    "glm": ("glm", {"head_dim": 8}, INTERLEAVED),
-    "smollm3 without positions in its second layer": (
-        "smollm3", {"no_rope_layers": [1, 0, 1], "use_sliding_window": False}, ("half", "none", "half"),
-    ),
-    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, HALF),
+HALF = ("half",) * 3
+LONGROPE: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [2.0] * 4, "long_factor": [8.0] * 4, "factor": 4.0,
+        "original_max_position_embeddings": POSITIONS,
+    },
+    "original_max_position_embeddings": POSITIONS, "max_position_embeddings": 4 * POSITIONS,
+}  # fmt: skip
+ROTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in ROTARY_FAMILIES},
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "yarn": (
         "qwen2",
         {"rope_parameters": {
             "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
         }},
-        HALF,
     ),
     "llama3": (
         "llama",
@@ -38,21 +39,9 @@ ROTATIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
             "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 128,
         }},
-        HALF,
     ),
-}  # fmt: skip
-
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-    "original_max_position_embeddings": 256, "factor": 4.0,
-}  # fmt: skip
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "dynamic": (
-        "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'",
-    ),
-    "longrope": ("phi3", {"rope_parameters": LONGROPE}, "rope_type 'longrope'"),
-    "gpt2": ("gpt2", {}, "no rotary position embedding"),
-    "keys normalised after the rotation": ("hunyuan_v1_dense", {"head_dim": 8}, "by no known rotation"),
+    "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "longrope": ("phi3", LONGROPE),
 }  # fmt: skip
 
 
@@ -67,15 +56,13 @@ def keys_at(backbone: Backbone, first: float) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_rotated_keys_equal_the_models_own_keys_at_the_new_positions(name: str) -> None:
-    family, overrides, conventions = ROTATIONS[name]
+    family, overrides = ROTATIONS[name]
     backbone = tiny_backbone(family, **overrides)
-    assert backbone.rotation.conventions == conventions
+    assert backbone.rotation.conventions == HALF and backbone.max_positions == POSITIONS
     for start, delta in ((0, 41), (100, -77), (900, -850), (3, 0.25)):
         here, there = keys_at(backbone, start), keys_at(backbone, start + delta)
         rotated = backbone.rotation.rotate(here, delta)
         assert distance(rotated, there) < 2e-4 < 0.2 < distance(here, there)
-        for layer, convention in enumerate(conventions):
-            assert torch.equal(rotated[layer], here[layer]) == (convention == "none")
 
 
 def test_only_the_rotary_part_of_a_head_turns(backbones: dict[str, Backbone]) -> None:
@@ -87,21 +74,33 @@ def test_only_the_rotary_part_of_a_head_turns(backbones: dict[str, Backbone]) ->
         assert torch.equal(old[..., rotary:], new[..., rotary:]) and not torch.equal(old[..., 0], new[..., 0])
 
 
-@pytest.mark.parametrize("name", ["linear", "yarn", "llama3"])
+@pytest.mark.parametrize("name", ["linear", "yarn", "llama3", "longrope"])
 def test_a_scaled_rotation_is_not_the_plain_one(name: str) -> None:
-    family, overrides, _ = ROTATIONS[name]
+    family, overrides = ROTATIONS[name]
     backbone, plain = tiny_backbone(family, **overrides), tiny_backbone(family)
     rotated = plain.rotation.rotate(keys_at(backbone, 0), 41)
     assert distance(rotated, keys_at(backbone, 41)) > 0.05
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_can_not_be_moved_is_refused_and_still_prefilled(name: str) -> None:
-    family, overrides, message = REFUSED[name]
-    backbone = tiny_backbone(family, **overrides)
-    with pytest.raises(RotationError, match=message):
-        backbone.rotation  # noqa: B018
-    assert backbone.prefill(TOKENS).exact_length == len(TOKENS)
+def test_frequencies_of_a_longer_text_do_not_stay() -> None:
+    backbone = tiny_backbone("phi3", **LONGROPE)
+    expected = tiny_backbone("phi3", **LONGROPE).rotation
+    keys_at(backbone, 2 * POSITIONS)
+    assert torch.equal(backbone.rotation.inverse_frequencies, expected.inverse_frequencies)
+
+
+def test_what_can_not_be_moved_is_refused_and_still_prefilled() -> None:
+    silent = tiny_model("hunyuan_v1_dense")
+    with torch.no_grad():
+        silent.model.layers[1].self_attn.key_layernorm.weight[0] = 0
+    refused = {
+        "no rotary position embedding": tiny_backbone("gpt2"),
+        "keys of layer 1 change with the position by no known rotation": Backbone(silent, tiny_tokenizer()),
+    }
+    for message, backbone in refused.items():
+        with pytest.raises(RotationError, match=message):
+            backbone.rotation  # noqa: B018
+        assert backbone.prefill(TOKENS).exact_length == len(TOKENS)
 
 
 def test_detecting_leaves_the_model_as_it_was() -> None:

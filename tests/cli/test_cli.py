@@ -264,10 +264,15 @@ def test_methods_lists_every_method_with_its_parameters(run: Run) -> None:
 
 
 def test_models_lists_the_default_and_the_tested_families(run: Run) -> None:
-    from tests.tiny import FAMILIES
+    from kveraser.model.families import FAMILIES
 
-    rows = read(run("models", "--json"))["rows"]
-    assert [row["model"] for row in rows] == ["smollm2-135m-instruct", *FAMILIES]
+    default, *rows = read(run("models", "--json"))["rows"]
+    assert default["model"] == "smollm2-135m-instruct" and default["kind"] == "bundled default"
+    assert [row["model_type"] for row in rows] == [family.model_type for family in FAMILIES]
+    by_type = {row["model_type"]: row for row in rows}
+    assert "Qwen3-30B-A3B" in by_type["qwen3_moe"]["products"] and by_type["qwen3_moe"]["works"] == "all methods"
+    assert by_type["gpt2"]["works"] == "methods that keep positions"
+    assert all(row["layer_types"] == "full_attention" and row["tested"] for row in rows)
     assert run("models")[0] == 0
 
 

@@ -1,4 +1,4 @@
-"""Every family of `kveraser models` on a tiny model of its config: decoding, edits, undo, and the keys that edits move."""
+"""Every family of `kveraser models` on a tiny model of its config: decoding, moved keys, edits and undo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kveraser.errors import RotationError
 from kveraser.methods import make_method
 from kveraser.model.attention import share_heads
 from kveraser.model.backbone import Backbone
-from kveraser.model.families import FAMILIES, Family
+from kveraser.model.families import FAMILIES, FULL_ATTENTION, Family
 from kveraser.model.support import check_config
 from kveraser.session.session import Session
 from kveraser.text.spans import Span
@@ -65,7 +65,10 @@ def test_every_family_has_a_tiny_config() -> None:
 
 @every_family
 def test_cached_decoding_equals_uncached(family: Family) -> None:
-    check_config(tiny_config(family.model_type), family.model_type)
+    config = tiny_config(family.model_type)
+    check_config(config, family.model_type)
+    text = config.get_text_config(decoder=True)
+    assert set(getattr(text, "layer_types", None) or FULL_ATTENTION) == set(family.layer_types)
     backbone = armed(family.model_type)
     with torch.no_grad():
         whole = backbone.model(torch.tensor([TOKENS], device=DEVICE), use_cache=False).logits[0].float()

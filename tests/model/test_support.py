@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
-from kveraser.errors import BackboneError, UnsupportedModelError
+from kveraser.errors import BackboneError, InputError, UnsupportedModelError
 from kveraser.model.backbone import Backbone
 from kveraser.session.session import Session
 from tests.sessions import EXACT, TEXT, far
@@ -73,6 +73,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "RecurrentGemma": ("recurrent_gemma", {}, "recurrent"),
     "RWKV": ("rwkv", {}, "linear_attention"),
     "DeepSeek-V3": ("deepseek_v3", {"kv_lora_rank": 16}, "multi_head_latent"),
+    "DeepSeek-V3.2": ("deepseek_v32", {}, "indexed_attention"),
+    "Falcon-RW": ("falcon", {"alibi": True}, "alibi"),
+    "BLOOM": ("bloom", {}, "implicit_positions"),
+    "MPT": ("mpt", {}, "implicit_positions"),
+    "StarCoder2": ("starcoder2", {"sliding_window": 64}, "sliding_attention"),
     "T5": ("t5", {}, "cross_attention"),
     "Mistral with a window": ("mistral", {"sliding_window": 64}, "sliding_attention"),
 }  # fmt: skip
@@ -85,6 +90,19 @@ def test_layers_are_refused_before_any_weights_are_there(name: str, tmp_path: Pa
     with pytest.raises(UnsupportedModelError, match=layer_type) as refusal:
         Backbone.load(folder_of(config, tmp_path))
     assert not list(tmp_path.glob("*.safetensors")) and "connection" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mistral3"])
+def test_the_text_of_a_model_with_images_is_loaded_and_served(family: str, tmp_path: Path) -> None:
+    built = tiny_backbone(family)
+    built.model.save_pretrained(tmp_path)
+    built.tokenizer.save_pretrained(tmp_path)
+    loaded = Backbone.load(tmp_path, device="cpu")
+    assert loaded.fingerprint == built.fingerprint
+    session = Session(loaded, text=TEXT)
+    assert session.erase("noon", "recompute").exact and far(session) < EXACT
+    with pytest.raises(InputError, match=r"content that is not text \(image\)"):
+        Session(loaded, messages=[{"role": "user", "content": [{"type": "image", "url": "a.png"}]}])
 
 
 @pytest.mark.parametrize("layer_types", [None, FULL])

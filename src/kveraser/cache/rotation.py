@@ -19,7 +19,7 @@ from kveraser.errors import RotationError
 Convention = Literal["half", "interleaved", "clockwise", "none"]
 """Pairs of dimensions that rotate; `clockwise`: half-split pairs that rotate in the other direction (nanochat)."""
 
-# These scalings change the frequencies with the length of the text, from the position that `fixed_frequencies_end` gives.
+# These scalings change the frequencies with the length of the text, from `fixed_frequencies_end` on.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 FREQUENCIES = ("inv_freq", "full_attention_inv_freq")

@@ -341,19 +341,17 @@ def methods(json_output: Json = False) -> None:
 
 @app.command()
 def models(json_output: Json = False) -> None:
-    """List the bundled backbone and the model families that the tests prove exact."""
+    """List the bundled backbone and the model families that the tests prove, with what works on each."""
     from kveraser.model.bundled import bundled_status
-    from kveraser.model.families import PROVEN_FAMILIES
+    from kveraser.model.families import FAMILIES
 
     rows = [{"model": DEFAULT_MODEL, "kind": "bundled default", "status": bundled_status()}]
-    rows += [
-        {"model": family, "kind": "family, any hub id or folder", "status": f"tested; {positions}"}
-        for family, positions in PROVEN_FAMILIES.items()
-    ]
+    rows += [{"kind": "model_type", **family.row()} for family in FAMILIES]
     if json_output:
         emit({"rows": rows})
     else:
-        print_rows("Models", rows, ["model", "kind", "status"])
+        print(f"{DEFAULT_MODEL} (bundled default): {rows[0]['status']}")
+        print_rows("Model families", rows[1:], ["model_type", "products", "layer_types", "works", "limits", "tested"])
 
 
 # Input

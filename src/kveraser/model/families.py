@@ -1,7 +1,7 @@
 """The model families that the tests prove: on a tiny model of each config, every edit is compared with its reference.
 
-The table of `kveraser models` and of docs/models.md. What loads is decided by a config's layers (`model/support.py`), not
-by this table.
+The table of `kveraser models` and of docs/models.md. A config's layers decide what loads (`model/support.py`), not this
+table.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Family:
     def row(self) -> dict[str, Any]:
         """Its row of `kveraser models`."""
         return {
-            "model": self.model_type,
+            "model_type": self.model_type,
             "products": self.products,
-            "layer_types": list(self.layer_types),
+            "layer_types": ", ".join(self.layer_types),
             "positions": self.positions,
             "works": self.works,
             "limits": self.limits or None,
@@ -89,7 +89,9 @@ FAMILIES = (
     Family("gptj", "GPT-J-6B", "rotary from a table", moves_keys=False),
     Family("granite", "Granite-3.3-8B-Instruct"),
     Family("granitemoe", "Granite-3.1-3B-A800M"),
-    Family("granitemoehybrid", "Granite-4.0-Micro, Granite-4.0-350M", limits="attention layers alone: Mamba is refused"),
+    Family(
+        "granitemoehybrid", "Granite-4.0-Micro, Granite-4.0-350M", limits="attention layers alone: Mamba is refused"
+    ),
     Family("granitemoeshared", "Granite MoE models with a shared expert"),
     Family("helium", "Helium-1-preview-2B", INTERLEAVED),
     Family("hunyuan_v1_dense", "Hunyuan-7B-Instruct, Hunyuan-1.8B", "rotary, before a norm"),

@@ -60,7 +60,7 @@ def check_layers(config: Any, name: str, model_class: Any) -> None:
         if layer_type in WINDOWS:
             raise UnsupportedModelError(name, layer_type, "a window forgets the start of a longer context")
         if layer_type not in FULL:
-            raise UnsupportedModelError(name, layer_type, "they keep no keys and values for every token of the context")
+            raise UnsupportedModelError(name, layer_type, "their cache is not one of keys and values of every token")
     if "local" in (getattr(text, "attention_layers", None) or ()):
         raise UnsupportedModelError(name, "local_attention", "a window forgets the start of a longer context")
     # A class may have such layers and a config none of them: the config's own list decides.

@@ -232,8 +232,12 @@ def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
         raise InputError(f"message {index} is {message!r}: a message is an object with a role and content")
     content, calls = message.get("content"), message.get("tool_calls")
     if isinstance(content, list):
-        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
-            raise InputError(f"message {index} has content that is not text: only text parts can be read")
+        other = next(
+            (part for part in content if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))), None
+        )
+        if other is not None:
+            kind = other.get("type") if isinstance(other, Mapping) else type(other).__name__
+            raise InputError(f"message {index} has content that is not text ({kind}): only text parts can be read")
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise InputError(f"message {index} has content {content!r}: give a text")
