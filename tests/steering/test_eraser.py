@@ -59,6 +59,24 @@ def plain(backbone: Backbone) -> torch.Tensor:
     return backbone.logits(backbone.new_cache(), TOKENS, keep=len(TOKENS))
 
 
+# Models whose linear layers are not all the paper's
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "qwen2_5_vl", "mistral3", "qwen3_vl_moe"])
+def test_an_untrained_eraser_adapts_what_text_runs_through_and_is_a_plain_lora(family: str, tmp_path: Path) -> None:
+    backbone, again = tiny_backbone(family), tiny_backbone(family)
+    eraser = attach_random_eraser(backbone)
+    modules = {name.split(".lora_")[0] for name in eraser.parameters()}
+    assert not any(part in name for name in modules for part in ("visual", "vision", "projector", "experts", "gate."))
+    assert len(modules) == backbone.layers * (7 if family in ("qwen2_5_vl", "mistral3") else 4)
+    before = plain(backbone)
+    eraser.save_pretrained(tmp_path)
+    again.load_eraser(tmp_path)
+    assert distance(steering(again), steering(backbone)) < 1e-4 and torch.equal(plain(backbone), before)
+    unsteered = [state for pair in backbone.prefill(TOKENS).read(SPAN.start, SPAN.end) for state in pair]
+    assert distance(steering(backbone), unsteered) > 0.01
+
+
 # PEFT's own files
 
 

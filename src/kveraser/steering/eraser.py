@@ -160,12 +160,20 @@ class Eraser:
         # Experts share one tensor a layer, which no plain LoRA fits.
         experts = any(parameter.dim() == 3 for parameter in model.parameters())
         wanted = ATTENTION_MODULES if experts else PAPER_MODULES
+        decoder = set((model.get_decoder() or model).modules())
+        # Vision towers never run.
+        outside = [
+            name
+            for name, module in model.named_modules()
+            if _is_linear(module) and module not in decoder and module is not model.get_output_embeddings()
+        ]
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=0.0,
             # Models with fused projections (Phi-3, GPT-NeoX) name the same seven otherwise.
             target_modules=list(wanted) if set(wanted) <= linear else "all-linear",
+            exclude_modules=outside or None,
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             bias="none",
             task_type="CAUSAL_LM",
