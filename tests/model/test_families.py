@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from kveraser.errors import RotationError
+from kveraser.measure.packing import score_together
 from kveraser.methods import make_method
 from kveraser.model.attention import share_heads
 from kveraser.model.backbone import Backbone
+from kveraser.model.decode import score
 from kveraser.model.families import FAMILIES, FULL_ATTENTION, Family
 from kveraser.model.support import check_config
+from kveraser.serve.batch import can_step_together, step_together
 from kveraser.session.session import Session
 from kveraser.text.spans import Span
 from tests.sessions import EXACT, TEXT, consistent, far, same, state
@@ -78,6 +81,19 @@ def test_cached_decoding_equals_uncached(family: Family) -> None:
     # Guard: the context counts, and so do its order and its positions.
     turned = backbone.logits(backbone.prefill([*reversed(TOKENS[:30])]), TOKENS[30:], keep=10)
     assert distance([turned], [whole[30:]]) > CHANGE * float(whole.std())
+
+
+@every_family
+def test_questions_in_one_pass_and_rows_of_a_batch_are_as_alone(family: Family) -> None:
+    backbone = armed(family.model_type)
+    cache, short = backbone.prefill(TOKENS), backbone.prefill(TOKENS[:25])
+    pairs = [(random_tokens(5, seed=2), random_tokens(3, seed=4)), (random_tokens(4, seed=5), random_tokens(6, seed=6))]
+    alone = [score(backbone, cache, *pair) for pair in pairs]
+    assert distance(score_together(backbone, cache, pairs), alone) < TOLERANCE * len(TOKENS)
+    if can_step_together(backbone):
+        steps = torch.cat([backbone.logits(each.fork(), [token]) for each, token in ((cache, 7), (short, 9))])
+        together = step_together(backbone, [cache, short], [7, 9])
+        assert distance([together], [steps]) < TOLERANCE * float(steps.std()) and distance([steps[0]], [steps[1]]) > 1
 
 
 @every_family
