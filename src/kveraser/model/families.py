@@ -56,7 +56,7 @@ class Family:
 
 
 PARTLY, INTERLEAVED, LEARNED = "rotary, part of each head", "rotary, interleaved", "learned"
-NO_WINDOW = "full attention only: a window shorter than the positions is refused"
+NO_WINDOW = "a window shorter than the positions is refused"
 TEXT_ONLY = "text only"
 ORIGINAL = "longrope scaling: up to original_max_position_embeddings"
 
