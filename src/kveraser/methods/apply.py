@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
@@ -54,13 +56,14 @@ def plan_erase(
     resolved, runs = method.resolve(backbone), _runs(cache, targets)
     if force or resolved.is_reference or not runs:
         return Plan(resolved)
-    held = enumerate(cache.slot_to_token.tolist())
-    kept = [slot for slot, token in held if token != NO_TOKEN and token not in targets]
-    planned = sum(
-        resolved.estimate(bisect_left(kept, run.start), len(run), len(kept) - bisect_left(kept, run.end))
-        for run in runs
-    )
-    exact = len(kept) - bisect_left(kept, min(runs[0].start, cache.exact_length))
+    held = cache.slot_to_token.numpy()
+    kept = np.flatnonzero((held != NO_TOKEN) & ~_among(held, targets))
+
+    def kept_before(slot: int) -> int:
+        return int(np.searchsorted(kept, slot))
+
+    planned = sum(resolved.estimate(kept_before(run.start), len(run), len(kept) - kept_before(run.end)) for run in runs)
+    exact = len(kept) - kept_before(min(runs[0].start, cache.exact_length))
     if planned < EXACT_SHARE * exact:
         return Plan(resolved)
     reason = f"{resolved} would run {planned} tokens and exact recomputation {exact}"
@@ -101,15 +104,15 @@ def edit_tokens(
             run = runs[0] if runs else _place(cache, edit.inserted.start)
             erased = set(cache.slot_to_token[run.start : run.end].tolist())
             # Methods that recompute must not run the tokens of the other spans again.
-            readable = [
-                NO_TOKEN if index in targets and index not in erased else token for index, token in enumerate(tokens)
-            ]
+            readable = list(tokens)
+            for index in targets - erased:
+                readable[index] = NO_TOKEN
             if inserted:
                 recomputed += method.replace(backbone, cache, readable, run, inserted)
             else:
                 recomputed += method(backbone, cache, readable, run)
-            held = set(cache.slot_to_token.tolist())
-            if not erased.isdisjoint(held) or not held.issuperset(inserted):
+            held = cache.slot_to_token.numpy()
+            if _among(held, erased).any() or _among(held, set(inserted)).sum() != len(inserted):
                 raise MethodError(f"{method} left tokens of the span {run} in the cache: choose another method")
             inserted = ()
     return recomputed
@@ -124,18 +127,19 @@ def erase_tokens(
 
 def _place(cache: EditableCache, index: int) -> Place:
     """The slot before which token `index` of the text goes: after the last slot of an earlier token."""
-    earlier = [slot for slot, token in enumerate(cache.slot_to_token.tolist()) if NO_TOKEN != token < index]
-    slot = earlier[-1] + 1 if earlier else 0
+    held = cache.slot_to_token.numpy()
+    earlier = np.flatnonzero((held != NO_TOKEN) & (held < index))
+    slot = int(earlier[-1]) + 1 if len(earlier) else 0
     return Place(slot, slot)
 
 
 def _runs(cache: EditableCache, targets: AbstractSet[int]) -> list[Span]:
     """Runs of adjacent slots that hold tokens to erase."""
-    runs: list[Span] = []
-    for slot, token in enumerate(cache.slot_to_token.tolist()):
-        if token in targets:
-            if runs and runs[-1].end == slot:
-                runs[-1] = Span(runs[-1].start, slot + 1)
-            else:
-                runs.append(Span(slot, slot + 1))
-    return runs
+    slots = np.flatnonzero(_among(cache.slot_to_token.numpy(), targets))
+    borders = np.flatnonzero(np.diff(slots) != 1) + 1
+    return [Span(int(run[0]), int(run[-1]) + 1) for run in np.split(slots, borders) if len(run)]
+
+
+def _among(held: npt.NDArray[np.int64], targets: AbstractSet[int]) -> npt.NDArray[np.bool_]:
+    """Which slots hold one of these tokens."""
+    return np.isin(held, np.fromiter(targets, dtype=np.int64, count=len(targets)))
