@@ -23,7 +23,7 @@ BACKBONE := $(VENV)/.backbone-$(notdir $(PYTHON))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint results results-demo results-latency results-frontier results-ruler results-longqa \
-	results-eraser results-suites results-serving results-influence peers install backbone clean distclean
+	results-eraser results-suites results-serving results-influence results-edits peers install backbone clean distclean
 
 help:
 	@echo "make demo       erase a span from a real model's KV cache and show what changed"
@@ -37,6 +37,7 @@ help:
 	@echo "make results-longqa  questions on long documents, DATASET=files (hours; resumes; left out without files)"
 	@echo "make results-eraser  measure the eraser on held-out cases again (more than an hour on 2 cores; resumes)"
 	@echo "make results-suites  measure all suites and methods again, and draw the figures (45 minutes on 2 cores; resumes)"
+	@echo "make results-edits  text that is replaced instead of erased (20 minutes on 2 cores)"
 	@echo "make results-influence  which messages lean on a span (5 minutes)"
 	@echo "make results-serving  measure the server again: edited histories, streams, a soak, kills (35 minutes on 2 cores)"
 	@echo "make peers      build llama.cpp's Python package, which make results then times beside ours (20 minutes on 2 cores)"
@@ -138,6 +139,14 @@ results-suites: $(BACKBONE)
 	@$(BIN)/python -m evaluation report runs/profile docs/results/latency.json --output runs/report
 	@cp runs/report/*.png docs/results/figures/
 	@echo "Wrote docs/results and docs/results.md; the page with the single cases is runs/report/index.html"
+
+results-edits: $(BACKBONE)
+	@mkdir -p runs
+	@echo "Measuring: replaced text"
+	@$(BIN)/python -m evaluation quality --suite edits --cases 8 --seed 1 --methods "follow;repair;shift" --output runs/edits \
+		--json >docs/results/edits.json.part
+	@mv docs/results/edits.json.part docs/results/edits.json
+	@$(BIN)/python -m evaluation tables
 
 results-influence: $(BACKBONE)
 	$(BIN)/python -m evaluation influence --cases 60 --output docs/results/influence.json

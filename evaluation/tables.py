@@ -363,6 +363,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "ruler_depths": ("ruler", partial(recovered_axis_table, suite="ruler", axis="depth")),
     "documents": ("longqa", partial(recovered_table, suite="longqa")),
     "frontier": ("frontier", frontier_table),
+    "edits": ("edits", partial(recovered_table, suite="edits")),
+    "edits_tasks": ("edits", partial(axis_table, suite="edits", axis="task", measure="kl")),
     "influence": ("influence", influence_table),
     "serving": ("serving", serving_table),
     "stress": ("stress", serving_table),
