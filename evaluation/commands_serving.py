@@ -10,14 +10,14 @@ import typer
 from kveraser.cli.console import bar, emit, print_rows
 from kveraser.cli.options import DEFAULT_MODEL, SHIPPED, Device, Dtype, EraserOption, Json, Model, load_backbone
 
-HISTORY = ["way", "method", "prompt_tokens", "run_tokens", "prefill_seconds", "first_token_seconds"]
+HISTORY = ["change", "way", "method", "prompt_tokens", "run_tokens", "prefill_seconds", "first_token_seconds"]
 
 
 def serve(
     measure: Annotated[str, typer.Option(help="Of history and streams, separated by commas.")] = "history,streams",
     method: Annotated[str | None, typer.Option(help="How the server erases. Default: its own choice.")] = None,
     length: Annotated[int, typer.Option(min=1, help="history: tokens of a conversation, about.")] = 4000,
-    result: Annotated[int, typer.Option(min=1, help="history: tokens of the tool result that is dropped.")] = 100,
+    result: Annotated[int, typer.Option(min=1, help="history: tokens of the tool result that changes.")] = 100,
     streams: Annotated[int, typer.Option(min=2, help="streams: at once, against one.")] = 8,
     answer: Annotated[int, typer.Option(min=1, help="streams: tokens of an answer.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="history, streams: timed rounds after one of warm-up.")] = 3,
@@ -47,7 +47,7 @@ def serve(
         emit(to_json(measured, backbone, chosen | {"method": method}, measures))
         return
     if (history := measured.history) is not None:
-        print_rows("A tool result dropped from the history", [asdict(row) for row in history.rows], HISTORY)
+        print_rows("Changed histories", [asdict(row) for row in history.rows], HISTORY)
         print_rows("Its answers", [asdict(history.agreement)], list(asdict(history.agreement)))
     if (together := measured.streams) is not None:
         print_rows("Streams", [asdict(row) for row in together.rows], list(asdict(together.rows[0])))

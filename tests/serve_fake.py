@@ -188,9 +188,10 @@ class FakeService(Service):
         method: str | None = None,
         max_kl: float | None = None,
         undoable: bool = True,
+        text: str | None = None,
     ) -> dict[str, Any]:
         held = self._session(key, id)
-        self.asked.append(("erase", key, id, what, method, max_kl, undoable))
+        self.asked.append(("erase", key, id, what, method, max_kl, undoable, *([] if text is None else [text])))
         for one in what:
             selector_from_json(one)
             if isinstance(one, dict) and one.get("tool_call_id") == "call_unknown":
@@ -220,6 +221,11 @@ class FakeService(Service):
             raise SessionBusy("nothing has been erased yet: audit after erase")
         self.asked.append(("audit", key, id, probes, secrets))
         return {"kl": 0.01, "fidelity": 0.97, "leak": 0.0, "probes": []}
+
+    async def influence(self, key: str, id: str, what: Any) -> dict[str, Any]:
+        self._session(key, id)
+        self.asked.append(("influence", key, id, what))
+        return {"messages": [{"message": 3, "role": "assistant", "tokens": 6, "change": 0.5, "kl": 0.3}], "kl": 0.3}
 
     async def append(
         self,

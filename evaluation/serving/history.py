@@ -1,4 +1,4 @@
-"""How soon an answer begins when a tool result is dropped from a long conversation, with erasing and without.
+"""How soon an answer begins when the history of a long conversation changes early in it, with editing and without.
 
 Both ways are asked of the same server: as it is by default, and told to recompute, which is caching without erasing. A
 conversation is used once; the ways take turns, so that a machine that slows down slows both.
@@ -27,6 +27,10 @@ Way = Literal["erase", "recompute"]
 WAYS: dict[Way, dict[str, Any]] = {"erase": {}, "recompute": {"method": "recompute"}}
 """What each way puts into a request's `kveraser` field."""
 
+PLACEHOLDER = "[cleared]"
+CHANGES = ("drop", "placeholder", "three")
+"""The tool result is dropped; a placeholder takes its place; and two more messages become placeholders at once."""
+
 BAR = 10.0
 """How many times sooner the first token is to come."""
 
@@ -52,18 +56,20 @@ class HistorySettings:
 
 @dataclass(frozen=True)
 class HistoryRow:
-    """One way.
+    """One change, one way.
 
     Attributes:
+        change: of `CHANGES`.
         actions: what the server says that it did; one a way, unless it could not do what was asked.
         method: of the receipts.
-        prompt_tokens, cached_tokens, erased_tokens: medians of the requests without the tool result.
+        prompt_tokens, cached_tokens, erased_tokens: medians of the requests with the changed history.
         run_tokens: tokens that these ran, for the first time or again.
         prefill_seconds: median to the first token of a conversation that is new to the server.
-        first_token_seconds: median to the first token without the tool result.
+        first_token_seconds: median to the first token with the changed history.
         seconds: all of these.
     """
 
+    change: str
     way: Way
     actions: tuple[str, ...]
     method: str | None
@@ -98,10 +104,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class HistoryResult:
-    """Both ways, how many times sooner the erasing one answers, and how good its answers are."""
+    """Both ways, how many times sooner the editing one answers for every change, and how good its answers are."""
 
     rows: tuple[HistoryRow, ...]
-    ratio: float
+    ratios: dict[str, float]
     agreement: Agreement
     bar: float = BAR
 
@@ -124,7 +130,7 @@ def measure(
     method: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> HistoryResult:
-    """Time both ways.
+    """Time both ways on every change.
 
     Args:
         method: with which the server was started, for the audit; None: its own.
@@ -134,31 +140,44 @@ def measure(
     """
     report = progress or (lambda _: None)
     model = server.model()
-    first: dict[Way, list[_Answered]] = {way: [] for way in WAYS}
-    edited: dict[Way, list[_Answered]] = {way: [] for way in WAYS}
-    conversation: list[dict[str, Any]] = []
+    rows, conversation = list[HistoryRow](), list[dict[str, Any]]()
     with closing(server.client()) as client:
-        for repeat in range(settings.repeats + 1):
-            # Whichever way comes first in a round comes second in the next.
-            for way in sorted(WAYS, reverse=bool(repeat % 2)):
-                report(f"{'warm-up' if not repeat else f'round {repeat} of {settings.repeats}'}: {way}")
-                # A short one warms up as well as a long one.
-                size = settings.tokens if repeat else min(settings.tokens, 512)
-                seed = f"{settings.seed}/{way}/{repeat}"
-                messages = agent_conversation(backbone.tokenizer, seed, size, settings.result)
-                began = _ask(client, model, messages, {})
-                said = [*messages, {"role": "assistant", "content": began.text}]
-                shorter = [message for message in said if message["role"] != "tool"]
-                answered = _ask(client, model, [*shorter, {"role": "user", "content": QUESTIONS[0]}], WAYS[way])
-                if repeat:
-                    first[way].append(began)
-                    edited[way].append(answered)
-                    conversation = said
+        for change in CHANGES:
+            first: dict[Way, list[_Answered]] = {way: [] for way in WAYS}
+            edited: dict[Way, list[_Answered]] = {way: [] for way in WAYS}
+            for repeat in range(settings.repeats + 1):
+                # Whichever way comes first in a round comes second in the next.
+                for way in sorted(WAYS, reverse=bool(repeat % 2)):
+                    report(f"{change}: {'warm-up' if not repeat else f'round {repeat} of {settings.repeats}'}: {way}")
+                    # A short one warms up as well as a long one.
+                    size = settings.tokens if repeat else min(settings.tokens, 512)
+                    seed = f"{settings.seed}/{change}/{way}/{repeat}"
+                    messages = agent_conversation(backbone.tokenizer, seed, size, settings.result)
+                    began = _ask(client, model, messages, {})
+                    said = [*messages, {"role": "assistant", "content": began.text}]
+                    asked = {"role": "user", "content": QUESTIONS[0]}
+                    answered = _ask(client, model, [*_changed(said, change), asked], WAYS[way])
+                    if repeat:
+                        first[way].append(began)
+                        edited[way].append(answered)
+                        conversation = said
+            rows += [_row(change, way, first[way], edited[way]) for way in WAYS]
     report("auditing the answers")
-    rows = tuple(_row(way, first[way], edited[way]) for way in WAYS)
-    seconds = {row.way: row.first_token_seconds for row in rows}
-    agreement = _audit(server, conversation, method)
-    return HistoryResult(rows, seconds["recompute"] / seconds["erase"], agreement)
+    seconds = {(row.change, row.way): row.first_token_seconds for row in rows}
+    ratios = {change: seconds[change, "recompute"] / seconds[change, "erase"] for change in CHANGES}
+    return HistoryResult(tuple(rows), ratios, _audit(server, conversation, method))
+
+
+def _changed(messages: Sequence[dict[str, Any]], change: str) -> list[dict[str, Any]]:
+    """The history as the client sends it next."""
+    if change == "drop":
+        return [message for message in messages if message["role"] != "tool"]
+    (result,) = (index for index, message in enumerate(messages) if message["role"] == "tool")
+    told = [index for index, message in enumerate(messages) if index > result and message["role"] == "user"]
+    cleared = {result, *told[: 2 if change == "three" else 0]}
+    return [
+        {**message, "content": PLACEHOLDER} if index in cleared else message for index, message in enumerate(messages)
+    ]
 
 
 def _ask(
@@ -194,12 +213,13 @@ def _ask(
     return _Answered(seconds, "".join(text), prompt_tokens, cached_tokens, happened)
 
 
-def _row(way: Way, first: Sequence[_Answered], edited: Sequence[_Answered]) -> HistoryRow:
+def _row(change: str, way: Way, first: Sequence[_Answered], edited: Sequence[_Answered]) -> HistoryRow:
     def middle(values: Sequence[int]) -> int:
         return int(statistics.median(values))
 
     receipts = [receipt for one in edited for receipt in one.happened["receipts"]]
     return HistoryRow(
+        change=change,
         way=way,
         actions=tuple(dict.fromkeys(one.happened["action"] for one in edited)),
         method=receipts[-1]["method"] if receipts else None,

@@ -97,7 +97,10 @@ def bars(measured: Measured) -> list[Bar]:
     """Every figure that has a bar."""
     found = list[Bar]()
     if (one := measured.history) is not None:
-        found.append(_least("history", "times sooner to the first token", one.ratio, one.bar))
+        found += [
+            _least("history", f"times sooner to the first token, {change}", ratio, one.bar)
+            for change, ratio in one.ratios.items()
+        ]
         agreement = one.agreement
         within = agreement.kl is not None and agreement.kl <= agreement.budget
         found.append(Bar("history", "KL to exact", agreement.kl, f"at most {agreement.budget:g}", within))

@@ -55,16 +55,20 @@ def test_every_sentence_is_one_of_a_kind() -> None:
 # Servers
 
 
-def test_erasing_runs_less_than_recomputing(server: Server, backbone: Backbone) -> None:
+def test_editing_runs_less_than_recomputing(server: Server, backbone: Backbone) -> None:
     found = history.measure(server, backbone, history.HistorySettings(tokens=400, result=60, repeats=1), METHOD)
-    erasing, without = found.rows
-    assert (erasing.way, erasing.actions, erasing.method) == ("erase", ("erase",), "repair")
-    assert (without.way, without.actions, without.method) == ("recompute", ("recompute",), None)
-    # The tool result and the markers of its turn.
-    assert 60 <= erasing.erased_tokens < 90 and without.erased_tokens == 0
-    assert erasing.cached_tokens > without.cached_tokens and erasing.run_tokens < without.run_tokens
-    assert found.ratio == without.first_token_seconds / erasing.first_token_seconds > 0
-    assert found.agreement.erased == erasing.erased_tokens and found.agreement.method == "repair"
+    erased = {}
+    for change, editing, without in zip(history.CHANGES, found.rows[::2], found.rows[1::2], strict=True):
+        action = "erase" if change == "drop" else "edit"
+        assert (editing.change, editing.way, editing.actions) == (change, "erase", (action,))
+        assert (without.change, without.way, without.actions) == (change, "recompute", ("recompute",))
+        assert editing.method == "repair" and without.method is None and without.erased_tokens == 0
+        assert editing.cached_tokens > without.cached_tokens and editing.run_tokens < without.run_tokens
+        assert found.ratios[change] == without.first_token_seconds / editing.first_token_seconds > 0
+        erased[change] = editing.erased_tokens
+    # The tool result, with the markers of its turn where the message goes; and messages of 120 tokens.
+    assert 60 <= erased["placeholder"] < erased["drop"] < 90 and erased["three"] > 60 + 2 * 120
+    assert found.agreement.erased == erased["drop"] and found.agreement.method == "repair"
     assert found.agreement.kl is not None and found.agreement.kl_unerased is not None
     assert 0 < found.agreement.kl != found.agreement.kl_unerased
 

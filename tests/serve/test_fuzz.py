@@ -100,6 +100,8 @@ def good_requests(model: str, session: str) -> list[Sent]:
         Sent("POST", f"{path}/erase", {"spans": [{"tool_call_id": "call_1", "keep_turn": True}, [2, 5]]}),
         Sent("POST", f"{path}/erase", {"spans": [{"message": 1}], "max_kl": 0.5, "method": "auto"}),
         Sent("POST", f"{path}/erase", {"spans": [{"pattern": "R.m", "occurrence": 1}], "undoable": False}),
+        Sent("POST", f"{path}/erase", {"spans": [{"tool_call_id": "call_1"}], "replace": "[cleared]"}),
+        Sent("POST", f"{path}/influence", {"spans": [{"message": 2}]}),
         Sent("POST", f"{path}/undo", {"steps": 1}),
         Sent("POST", f"{path}/fork"),
         Sent("POST", f"{path}/audit", {"probes": ["Where?", {"question": "a", "kind": "leak"}], "secrets": ["44"]}),

@@ -63,6 +63,7 @@ ROUTES = [
     "POST /v1/sessions/{session}/undo",
     "POST /v1/sessions/{session}/fork",
     "POST /v1/sessions/{session}/audit",
+    "POST /v1/sessions/{session}/influence",
     "POST /v1/sessions/{session}/messages",
     "POST /v1/sessions/{session}/ask",
     "GET /health",

@@ -613,6 +613,33 @@ def test_a_session_does_what_the_library_does(made_of: dict[str, Any]) -> None:
     run(test())
 
 
+def test_influence_and_replaced_text_are_those_of_the_library() -> None:
+    async def test() -> None:
+        async with serving() as service:
+            session = library(messages=MESSAGES)
+            made = await service.create("ada", messages=MESSAGES)
+            found, expected = await service.influence("ada", made.id, {"message": 3}), session.influence(Message(3))
+            assert [one["message"] for one in found["messages"]] == [one.message for one in expected.messages] != []
+            assert found["kl"] == pytest.approx(expected.kl, abs=1e-6) and expected.kl > 0
+            assert (await service.view("ada", made.id)).undo_steps == 0
+            receipt = await service.erase("ada", made.id, [{"message": 3}], "recompute", text="[cleared]")
+            assert receipt["inserted_text"] == session.replace(Message(3), "[cleared]", "recompute").inserted_text
+            view = await service.view("ada", made.id, contents=True)
+            assert view.text == session.text and view.exact and "[cleared]" in view.text
+            assert (await asked(service, made.id)).tokens == session.ask("Where is it?", max_new_tokens=6).tokens
+            before = await seen(service, made.id)
+            with pytest.raises(ContextOverflow):
+                await service.erase("ada", made.id, [{"message": 3}], text="why " * 900)
+            with pytest.raises(InvalidRequest, match="erased already|insert"):
+                await service.erase("ada", made.id, [{"message": 1}], "mask", text="other")
+            assert await seen(service, made.id) == before
+            await service.undo("ada", made.id)
+            session.undo()
+            assert (await service.view("ada", made.id, contents=True)).text == session.text
+
+    run(test())
+
+
 def test_answers_of_the_edited_the_unerased_and_the_exact_cache() -> None:
     async def test() -> None:
         clock = Clock()

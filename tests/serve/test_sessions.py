@@ -43,6 +43,12 @@ async def test_a_session_lives_from_its_making_to_its_end() -> None:
         await client.post(f"{path}/erase", json={"spans": ["Rome"], "max_kl": 0.02, "undoable": False})
         assert service.asked[-1][4:] == (None, 0.02, False)
 
+        await client.post(f"{path}/erase", json={"spans": ["Rome"], "replace": "Oslo", "undoable": False})
+        assert service.asked[-1][3:] == (["Rome"], None, None, False, "Oslo")
+        found = await client.post(f"{path}/influence", json={"spans": [{"message": 2}]})
+        assert found.json()["object"] == "influence" and found.json()["influence"]["messages"][0]["message"] == 3
+        assert service.asked[-1][3:] == ([{"message": 2}],)
+
         audited = await client.post(
             f"{path}/audit", json={"probes": ["Where?", {"question": "What?", "kind": "leak"}], "secrets": ["44"]}
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kveraser.errors import BackboneError, EraserError, InputError, SessionError
+from kveraser.measure.influence import Influence
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Audit, Receipt
 from kveraser.methods import METHODS, default_method, make_method
@@ -21,6 +22,7 @@ from kveraser.serve.held import ANSWER_ROOM, NOTICE_ROOM, HeldSession
 from kveraser.serve.sampling import Sampler
 from kveraser.session.erase import Change
 from kveraser.session.state import SessionState
+from kveraser.text.spans import Selector
 from kveraser.text.tokenized import TokenizedText
 
 
@@ -186,6 +188,11 @@ class TransformersEngine:
         session.run_pending(session.pending)
         with self.backbone.sharing(self._between, self._chunk):
             return session.audit(probes, secrets=secrets)
+
+    def influence(self, held: Held, what: Sequence[Selector]) -> Influence:
+        """See `Session.influence`."""
+        with self.backbone.sharing(self._between, self._chunk):
+            return _own(held).influence(list(what))
 
     def begin(self, held: Held, sampling: Sampling) -> Stream:
         """If no token is pending, the last one is run again.

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from kveraser.measure.influence import Influence
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Audit, Receipt
 from kveraser.session.erase import Change
-from kveraser.text.spans import Transcript
+from kveraser.text.spans import Selector, Transcript
 from kveraser.text.tokenized import TokenizedText
 
 
@@ -175,6 +176,9 @@ class Engine(Protocol):
 
     def audit(self, held: Held, probes: Sequence[str | Probe] | None, secrets: Sequence[str] | None) -> Audit:
         """Audit the erases; see `Session.audit`."""
+
+    def influence(self, held: Held, what: Sequence[Selector]) -> Influence:
+        """Measure what spans changed in later text; see `Session.influence`."""
 
     def begin(self, held: Held, sampling: Sampling) -> Stream:
         """Start an answer. Only the last token may be pending; the first step runs it."""

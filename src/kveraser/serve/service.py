@@ -227,6 +227,7 @@ class Service:
     undo = _operation(Sessions.undo)
     fork = _operation(Sessions.fork)
     audit = _operation(Sessions.audit)
+    influence = _operation(Sessions.influence)
 
     async def append(
         self,

@@ -108,6 +108,7 @@ class EraseRequest(Request):
     )
 
     spans: Annotated[list[Selector], Field(min_length=1, max_length=256)]
+    replace: Words | None = Field(None, description="A text that takes the place of each span.")
     method: MethodName | None = Field(None, description="null: the server's own.")
     max_kl: float | None = Field(None, ge=0, description="The cheapest method within this budget, nats per token.")
     undoable: bool = Field(True, description="false: what goes is overwritten, in snapshots too.")
@@ -116,6 +117,14 @@ class EraseRequest(Request):
     def _budget(self) -> Self:
         budget_fits(self.method, self.max_kl)
         return self
+
+
+class InfluenceRequest(Request):
+    """Spans whose influence to measure."""
+
+    model_config = _examples({"spans": [{"tool_call_id": "call_1"}]})
+
+    spans: Annotated[list[Selector], Field(min_length=1, max_length=256)]
 
 
 class UndoRequest(Request):
@@ -230,6 +239,13 @@ class ReceiptReply(Reply):
 
     object: Literal["receipt"] = "receipt"
     receipt: dict[str, Any]
+
+
+class InfluenceReply(Reply):
+    """The influence of spans, with the attributes of `kveraser.measure.influence.Influence`."""
+
+    object: Literal["influence"] = "influence"
+    influence: dict[str, Any]
 
 
 class AuditReply(Reply):

@@ -38,7 +38,7 @@ from kveraser.serve.types import (
 )
 from kveraser.session.erase import Change
 from kveraser.text import chat
-from kveraser.text.spans import Pattern, Selector, Span, Transcript, resolve, selector_from_json
+from kveraser.text.spans import Pattern, Selector, Span, Transcript, replacements, resolve, selector_from_json
 from kveraser.text.template import ChatOptions
 from kveraser.text.tokenized import TokenizedText, tokenize
 
@@ -246,25 +246,33 @@ class Sessions:
         method: str | None = None,
         max_kl: float | None = None,
         undoable: bool = True,
+        text: str | None = None,
     ) -> dict[str, Any]:
-        """Erase spans and return the receipt.
+        """Erase or replace spans and return the receipt.
 
         Args:
             what: a selector as `selector_from_json` reads it, or a list of them; a list of two integers is one range
                 of characters.
             undoable: False overwrites the removed states, in memory and on disk, and everything that could restore
                 them.
+            text: takes the place of each span; special tokens in it are text. None: nothing does.
         """
         selectors = read_selectors(what)
+        added = None if text is None else chat.added_text(self.tokenizer, text)
 
         async def erase(entry: Entry, held: Held) -> dict[str, Any]:
             # Undo states take up to the size of the context; `auto` compares with two prefills.
             compared = 2 * entry.measured.tokens if method == "auto" or max_kl is not None else 0
-            await self.store.reserve(entry, compared, entry.bytes)
+            more = 0 if added is None else len(added.tokens) * len(selectors)
+            await self.store.reserve(entry, compared + more, entry.bytes)
 
             def work() -> dict[str, Any]:
-                spans = resolve(held.transcript, selectors)
-                return self.engine.edit(held, [Change(span) for span in spans], method, max_kl, undoable).to_json()
+                if text is None:
+                    changes = [Change(span) for span in resolve(held.transcript, selectors)]
+                else:
+                    pairs = replacements(held.transcript, selectors, text)
+                    changes = [Change(span, chat.added_text(self.tokenizer, new)) for span, new in pairs]
+                return self.engine.edit(held, changes, method, max_kl, undoable).to_json()
 
             receipt = await self.scheduler.run(work)
             await self._settle(entry)
@@ -307,6 +315,18 @@ class Sessions:
             return measured.to_json()
 
         return await self._change(owner, id, audit)
+
+    async def influence(self, owner: str, id: str, what: Any) -> dict[str, Any]:
+        """Measure how much spans changed each later message and token; `what` is as for `erase`."""
+        selectors = read_selectors(what)
+
+        async def measure(entry: Entry, held: Held) -> dict[str, Any]:
+            await self.store.reserve(entry, 2 * entry.measured.tokens)
+            found = await self.scheduler.run(lambda: self.engine.influence(held, selectors))
+            await self.store.settle(entry)
+            return found.to_json()
+
+        return await self._change(owner, id, measure)
 
     async def fork(self, owner: str, id: str) -> SessionView:
         """Make and record an independent copy."""

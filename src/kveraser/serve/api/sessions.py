@@ -28,6 +28,8 @@ from kveraser.serve.session_schemas import (
     AuditRequest,
     DeletedReply,
     EraseRequest,
+    InfluenceReply,
+    InfluenceRequest,
     NewMessages,
     NewSession,
     ReceiptReply,
@@ -94,8 +96,10 @@ async def tokens(session: SessionId, service: Served, owner: Owner) -> TokensRep
 
 @routes.post("/v1/sessions/{session}/erase", responses=errors(*EDITING), summary="Erase from a session")
 async def erase(session: SessionId, body: EraseRequest, service: Served, owner: Owner) -> ReceiptReply:
-    """Erases texts, characters, matches, messages or tool results from the live cache."""
-    receipt = await service.erase(owner, session, body.spans, body.method, body.max_kl, body.undoable)
+    """Erases texts, characters, matches, messages or tool results from the live cache, or replaces them."""
+    receipt = await service.erase(
+        owner, session, body.spans, body.method, body.max_kl, body.undoable, text=body.replace
+    )
     return ReceiptReply(receipt=receipt)
 
 
@@ -116,6 +120,12 @@ async def audit(session: SessionId, service: Served, owner: Owner, body: AuditRe
     """Measures what the erases achieved, against exact recomputation."""
     asked = body or AuditRequest()
     return AuditReply(audit=await service.audit(owner, session, asked.made(), asked.secrets))
+
+
+@routes.post("/v1/sessions/{session}/influence", responses=errors(*EDITING), summary="What a span changed")
+async def influence(session: SessionId, body: InfluenceRequest, service: Served, owner: Owner) -> InfluenceReply:
+    """Measures how much spans changed each later message and token, by two prefills."""
+    return InfluenceReply(influence=await service.influence(owner, session, body.spans))
 
 
 @routes.post("/v1/sessions/{session}/messages", responses=errors(*EDITING), summary="Add to a session")
