@@ -630,7 +630,7 @@ def test_influence_and_replaced_text_are_those_of_the_library() -> None:
             before = await seen(service, made.id)
             with pytest.raises(ContextOverflow):
                 await service.erase("ada", made.id, [{"message": 3}], text="why " * 900)
-            with pytest.raises(InvalidRequest, match="erased already|insert"):
+            with pytest.raises(InvalidRequest, match=r"erased already|insert"):
                 await service.erase("ada", made.id, [{"message": 1}], "mask", text="other")
             assert await seen(service, made.id) == before
             await service.undo("ada", made.id)
