@@ -19,8 +19,9 @@ from kveraser.errors import InputError
 from kveraser.measure.case import ALL, BenchCase, Cell, tokenize_context
 from kveraser.measure.rows import AXES
 from kveraser.methods import Method, make_method
-from kveraser.methods.base import recompute_window, slot_tokens
+from kveraser.methods.base import recompute_window
 from kveraser.methods.mask import Mask
+from kveraser.methods.slots import slot_tokens
 from kveraser.model.backbone import PREFILL_CHUNK, Backbone
 from kveraser.text.spans import Span
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from kveraser.cache.editable import EditableCache
 from kveraser.errors import InputError, SpanError
 from kveraser.measure.questions import Query
-from kveraser.methods.apply import Edit
+from kveraser.methods.slots import Edit
 from kveraser.model.backbone import Backbone
 from kveraser.text import chat
 from kveraser.text.spans import Selector, Span, Transcript, replacements, resolve

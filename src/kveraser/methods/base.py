@@ -12,6 +12,7 @@ import torch
 
 from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
+from kveraser.methods.slots import Edit, slot_edits, slots_of
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
@@ -67,6 +68,36 @@ class Method(ABC):
         """
         raise MethodError(f"{self} can't insert text: use recompute, shift, repair, follow or selective")
 
+    def edit(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], edits: Sequence[Edit]) -> int:
+        """Apply edits in the order of the text, one run of adjacent slots after the other.
+
+        A method that can do all of them in one pass overrides this.
+
+        Args:
+            tokens: ids of all tokens of the text, erased and inserted ones included.
+
+        Returns, raises: as `__call__` and `replace`.
+        """
+        targets = frozenset[int]().union(*(edit.targets for edit in edits))
+        recomputed = 0
+        for edit in edits:
+            inserted = edit.inserted
+            while runs := slot_edits(cache, [Edit(edit.targets, inserted)]):
+                span = runs[0].span
+                erased = set(cache.slot_to_token[span.start : span.end].tolist())
+                # Methods that recompute must not run the tokens of the other spans again.
+                readable = list(tokens)
+                for index in targets - erased:
+                    readable[index] = NO_TOKEN
+                if inserted:
+                    recomputed += self.replace(backbone, cache, readable, span, inserted)
+                else:
+                    recomputed += self(backbone, cache, readable, span)
+                if slots_of(cache, erased):
+                    raise MethodError(f"{self} left tokens of the span {span} in the cache: choose another method")
+                inserted = range(0)
+        return recomputed
+
     @abstractmethod
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         """Tokens that an erase will run through the backbone."""
@@ -104,15 +135,6 @@ class Method(ABC):
         return f"{self.name}({', '.join(shown)})" if shown else self.name
 
 
-def slot_tokens(cache: EditableCache, tokens: Sequence[int]) -> list[int]:
-    """The token id in every slot of the cache, `NO_TOKEN` where there is none to run.
-
-    Args:
-        tokens: ids by index in the text, as a method gets them.
-    """
-    return [NO_TOKEN if index == NO_TOKEN else tokens[index] for index in cache.slot_to_token.tolist()]
-
-
 def clear_tokens(cache: EditableCache, span: Span) -> None:
     """Mark the slots of `span` as holding no token of the text."""
     cache.set_tokens(span.start, [NO_TOKEN] * len(span))
@@ -123,26 +145,21 @@ def position_of(cache: EditableCache, slot: int) -> int:
     return ceil(float(cache.positions[slot])) if slot < cache.length else cache.next_position
 
 
-def insert_tokens(
-    backbone: Backbone, cache: EditableCache, tokens: Sequence[int], slot: int, position: int, inserted: Sequence[int]
-) -> int:
-    """Run tokens in new slots at `slot`, at positions from `position` on; later slots keep their states and positions.
+def open_slots(cache: EditableCache, slot: int, position: int, inserted: Sequence[int]) -> None:
+    """Make slots at `slot` for tokens at positions from `position` on; their states are zero until they are run.
+
+    Later slots keep their states and positions.
 
     Args:
-        tokens: ids by index in the text.
-        inserted: indices of the tokens to insert.
-
-    Returns:
-        Tokens run.
+        inserted: indices of the tokens in the text.
     """
     if not inserted:
-        return 0
+        return
     end = position + len(inserted)
     following = max(cache.next_position, end)
     cache.insert(slot, torch.arange(position, end, dtype=torch.float64))
     cache.set_tokens(slot, inserted)
     cache.set_next_position(following)
-    return recompute_window(backbone, cache, slot_tokens(cache, tokens), slot, len(inserted))
 
 
 def close_gap(backbone: Backbone, cache: EditableCache, start: int, position: int) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.errors import MethodError
-from kveraser.methods.base import Method, clear_tokens, slot_tokens
+from kveraser.methods.base import Method, clear_tokens
+from kveraser.methods.slots import slot_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.text.chat import as_turn, has_template
 from kveraser.text.spans import Span

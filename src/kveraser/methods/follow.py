@@ -8,10 +8,11 @@ from typing import Self
 
 import torch
 
-from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Method, check_widths, recompute_scattered, slot_tokens
+from kveraser.cache.editable import NO_TOKEN, EditableCache
+from kveraser.methods.base import Method, check_widths, recompute_scattered
 from kveraser.methods.overlap import most_contaminated
 from kveraser.methods.shift import Shift
+from kveraser.methods.slots import Edit, SlotEdit, slot_edits, slot_tokens, slots_of
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
@@ -40,18 +41,43 @@ class Follow(Method):
     inserts = True
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
-        return self.replace(backbone, cache, tokens, span, ())
+        return self._apply(backbone, cache, tokens, [SlotEdit(span)])
 
     def replace(
         self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
     ) -> int:
-        ids, new = slot_tokens(cache, tokens), [tokens[index] for index in inserted]
-        widths = self.widths(max(len(span), len(inserted)))
-        moved = len(inserted) - len(span)
-        chosen = [slot + moved for slot in most_contaminated(ids, span, *widths, new)]
-        shifted = Shift().replace(backbone, cache, tokens, span, inserted)
-        recompute_scattered(backbone, cache, slot_tokens(cache, tokens), span.start + len(inserted), chosen)
-        return shifted + len(chosen)
+        return self._apply(backbone, cache, tokens, [SlotEdit(span, inserted)])
+
+    def edit(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], edits: Sequence[Edit]) -> int:
+        return self._apply(backbone, cache, tokens, slot_edits(cache, edits))
+
+    def _apply(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], edits: Sequence[SlotEdit]) -> int:
+        """Shift for every edit, then run the inserted tokens and the chosen ones of all edits in one pass."""
+        if not edits:
+            return 0
+        chosen = self._choose(cache, tokens, edits)
+        moved = 0
+        for edit in edits:
+            place = type(edit.span)(edit.span.start + moved, edit.span.end + moved)
+            Shift.move(backbone, cache, place, edit.inserted)
+            moved += len(edit.inserted) - len(edit.span)
+        slots = slots_of(cache, chosen.union(*(edit.inserted for edit in edits)))
+        recompute_scattered(backbone, cache, slot_tokens(cache, tokens), edits[0].span.start, slots)
+        return len(slots)
+
+    def _choose(self, cache: EditableCache, tokens: Sequence[int], edits: Sequence[SlotEdit]) -> set[int]:
+        """Tokens to recompute, by their indices in the text; none of them is erased by another edit."""
+        held, ids = cache.slot_to_token.tolist(), slot_tokens(cache, tokens)
+        kept = list(ids)
+        for edit in edits:
+            kept[edit.span.start : edit.span.end] = [NO_TOKEN] * len(edit.span)
+        chosen: set[int] = set()
+        for edit in edits:
+            span, new = edit.span, [tokens[index] for index in edit.inserted]
+            visible = [*kept[: span.start], *ids[span.start : span.end], *kept[span.end :]]
+            widths = self.widths(max(len(span), len(new)))
+            chosen.update(held[slot] for slot in most_contaminated(visible, span, *widths, new))
+        return chosen
 
     def resolve(self, backbone: Backbone) -> Self:
         # Some attention implementations don't take the mask of scattered tokens: refused before the pass.

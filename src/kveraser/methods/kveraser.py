@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 from kveraser.cache.editable import EditableCache, KeyValue
 from kveraser.cache.probe import concat_kv
 from kveraser.errors import MethodError
-from kveraser.methods.base import Method, check_widths, clear_tokens, close_gap, recompute_window, slot_tokens
+from kveraser.methods.base import Method, check_widths, clear_tokens, close_gap, recompute_window
+from kveraser.methods.slots import slot_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.steering.layouts import LAYOUTS, unknown_layout
 from kveraser.text.spans import Span

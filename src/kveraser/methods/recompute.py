@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.methods.base import Method
+from kveraser.methods.slots import Edit, SlotEdit, slot_edits
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
@@ -27,14 +28,26 @@ class Recompute(Method):
     inserts = True
 
     def __call__(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span) -> int:
-        return self.replace(backbone, cache, tokens, span, ())
+        return self._apply(backbone, cache, tokens, [SlotEdit(span)])
 
     def replace(
         self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
     ) -> int:
-        start = min(span.start, cache.exact_length)
-        held = cache.slot_to_token.tolist()
-        order = [*held[start : span.start], *inserted, *held[span.end :]]
+        return self._apply(backbone, cache, tokens, [SlotEdit(span, inserted)])
+
+    def edit(self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], edits: Sequence[Edit]) -> int:
+        return self._apply(backbone, cache, tokens, slot_edits(cache, edits))
+
+    @staticmethod
+    def _apply(backbone: Backbone, cache: EditableCache, tokens: Sequence[int], edits: Sequence[SlotEdit]) -> int:
+        if not edits:
+            return 0
+        start = min(edits[0].span.start, cache.exact_length)
+        held, order, end = cache.slot_to_token.tolist(), list[int](), start
+        for edit in edits:
+            order += [*held[end : edit.span.start], *edit.inserted]
+            end = edit.span.end
+        order += held[end:]
         kept = [(index, tokens[index]) for index in order if index != NO_TOKEN and tokens[index] != NO_TOKEN]
         cache.truncate(start)
         # Slots before `start` are exact, so slot and position agree there.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Method, check_widths, recompute_window, slot_tokens
+from kveraser.methods.base import Method, check_widths, recompute_window
 from kveraser.methods.shift import Shift
+from kveraser.methods.slots import slot_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 

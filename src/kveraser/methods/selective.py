@@ -12,8 +12,9 @@ import torch
 from kveraser.cache.editable import NO_TOKEN, EditableCache
 from kveraser.cache.probe import ProbingCache, StopForward
 from kveraser.errors import MethodError
-from kveraser.methods.base import Method, slot_tokens
+from kveraser.methods.base import Method
 from kveraser.methods.shift import Shift
+from kveraser.methods.slots import slot_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kveraser.cache.editable import EditableCache
-from kveraser.methods.base import Method, close_gap, insert_tokens, position_of
+from kveraser.methods.base import Method, close_gap, open_slots, position_of, recompute_window
+from kveraser.methods.slots import slot_tokens
 from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 
@@ -29,10 +30,16 @@ class Shift(Method):
     def replace(
         self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
     ) -> int:
+        self.move(backbone, cache, span, inserted)
+        return recompute_window(backbone, cache, slot_tokens(cache, tokens), span.start, len(inserted))
+
+    @staticmethod
+    def move(backbone: Backbone, cache: EditableCache, span: Span, inserted: Sequence[int]) -> None:
+        """Drop the span's slots, make slots for the inserted tokens, and move the suffix by the difference."""
         position = position_of(cache, span.start)
         cache.drop(span.start, span.end)
         close_gap(backbone, cache, span.start, position + len(inserted))
-        return insert_tokens(backbone, cache, tokens, span.start, position, inserted)
+        open_slots(cache, span.start, position, inserted)
 
     def estimate(self, prefix: int, span: int, suffix: int) -> int:
         return 0

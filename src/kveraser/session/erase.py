@@ -14,7 +14,8 @@ from kveraser.measure.audit import References
 from kveraser.measure.probes import Probe
 from kveraser.measure.receipt import Receipt
 from kveraser.methods import METHODS, Method, make_method
-from kveraser.methods.apply import Edit, edit_tokens, plan_erase
+from kveraser.methods.apply import edit_tokens, plan_erase
+from kveraser.methods.slots import Edit
 from kveraser.model.backbone import Backbone
 from kveraser.session.audit import audit, make_references
 from kveraser.session.state import SessionState
