@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
 from kveraser.cache.editable import NO_TOKEN
 from kveraser.methods import make_method
+from kveraser.methods.apply import edit_tokens
+from kveraser.methods.follow import Follow
 from kveraser.methods.overlap import most_contaminated
+from kveraser.methods.slots import Edit
+from kveraser.model.backbone import Backbone
 from kveraser.text.spans import Span
 from tests.methods.test_methods import CHANGE, LENGTH, MIDDLE, TOKENS, TOLERANCE, changed_slots, erase, states, values
-from tests.tiny import distance, same_bits, snapshot, tiny_backbone
+from tests.tiny import distance, random_tokens, same_bits, snapshot, tiny_backbone
 
 #       0  1  2   3   4   5  6  7  8  9  10 11  12 13 14  15  16
 TEXT = [1, 2, 70, 71, 72, 3, 4, 5, 6, 7, 8, 71, 9, 5, 70, 71, 6]
@@ -83,3 +90,56 @@ def test_an_echo_is_computed_as_if_all_before_it_were_what_the_cache_says(echo: 
 def test_its_cost_follows_the_span(recipe: str, tokens: int) -> None:
     assert make_method(recipe).estimate(10, len(MIDDLE), 100) == tokens
     assert make_method(recipe).estimate(10, len(MIDDLE), 7) == 7
+
+
+class Counted(Backbone):
+    """A backbone that notes how many tokens each pass of its decoder runs."""
+
+    def __init__(self, like: Backbone) -> None:
+        super().__init__(like.model, like.tokenizer)
+        self.passes: list[int] = []
+
+    def forward(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> None:
+        self.passes.append(len(tokens))
+        super().forward(tokens, *args, **kwargs)
+
+
+def test_several_edits_run_in_one_pass_and_share_one_overlap_budget() -> None:
+    backbone = Counted(tiny_backbone())
+    tokens, added = list(TOKENS), [random_tokens(2, seed=8), random_tokens(3, seed=9)]
+    edits = [Edit({*range(6, 10)}, range(LENGTH, LENGTH + 2)), Edit({*range(20, 26)}, range(LENGTH + 2, LENGTH + 5))]
+    tokens += added[0] + added[1]
+    for window, exact in ((3, False), (LENGTH, True)):
+        cache = backbone.prefill(TOKENS)
+        before, backbone.passes = snapshot(cache), []
+        with cache.edit() as journal:
+            method = Follow(window, 0.0, 1.5).resolve(backbone)
+            recomputed = edit_tokens(backbone, cache, method, tokens, edits)
+        edited = [*tokens[:6], *added[0], *tokens[10:20], *added[1], *tokens[26:LENGTH]]
+        assert [tokens[index] for index in cache.slot_to_token.tolist()] == edited
+        assert backbone.passes == [recomputed] and cache.exact == exact
+        fresh = backbone.prefill(edited)
+        if exact:
+            # Windows over the whole suffix: equal to a fresh prefill, and no token runs twice.
+            assert recomputed == len(edited) - 6
+            assert distance(states(cache), states(fresh)) < TOLERANCE
+        else:
+            # New tokens, windows, and at most 1.5 tokens for every token of the longest span.
+            assert 5 + 2 * window < recomputed <= 5 + 2 * window + 9
+            assert cache.exact_length == 6 + 2 + window
+            assert distance(states(cache), states(fresh)) > CHANGE
+        cache.revert(journal)
+        assert same_bits(snapshot(cache), before)
+
+
+def test_recompute_runs_the_suffix_once_for_several_edits() -> None:
+    backbone = Counted(tiny_backbone())
+    tokens = [*TOKENS, *random_tokens(3, seed=8)]
+    edits = [Edit({*range(6, 10)}), Edit(frozenset(), range(LENGTH, LENGTH + 3)), Edit({*range(30, 33)})]
+    cache, backbone.passes = backbone.prefill(TOKENS), []
+    # New tokens take the indices after those of the text: they go to the end of it.
+    with cache.edit():
+        recomputed = edit_tokens(backbone, cache, make_method("recompute"), tokens, [edits[0], edits[2], edits[1]])
+    edited = [*TOKENS[:6], *TOKENS[10:30], *TOKENS[33:], *tokens[LENGTH:]]
+    assert backbone.passes == [recomputed] and recomputed == len(edited) - 6 and cache.exact
+    assert distance(states(cache), states(backbone.prefill(edited))) < TOLERANCE

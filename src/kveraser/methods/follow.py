@@ -22,7 +22,8 @@ class Follow(Method):
     """Shift, then recompute the first suffix tokens and later ones that repeat the span's words.
 
     The first `window + per_span x span` suffix tokens are recomputed, and `overlap x span` of those that repeat the
-    span's tokens. With `overlap=0` this is `repair`; with the defaults it runs span + 32 tokens.
+    span's tokens. With `overlap=0` this is `repair`; with the defaults it runs span + 32 tokens. Several edits of one
+    call are run in one pass, and share the overlap budget of the longest of them.
     """
 
     window: int = 32
@@ -71,12 +72,14 @@ class Follow(Method):
         kept = list(ids)
         for edit in edits:
             kept[edit.span.start : edit.span.end] = [NO_TOKEN] * len(edit.span)
+        sizes = [max(len(edit.span), len(edit.inserted)) for edit in edits]
+        share = max(sizes) / sum(sizes)
         chosen: set[int] = set()
-        for edit in edits:
+        for edit, size in zip(edits, sizes, strict=True):
             span, new = edit.span, [tokens[index] for index in edit.inserted]
             visible = [*kept[: span.start], *ids[span.start : span.end], *kept[span.end :]]
-            widths = self.widths(max(len(span), len(new)))
-            chosen.update(held[slot] for slot in most_contaminated(visible, span, *widths, new))
+            window, overlap = self.widths(size)
+            chosen.update(held[slot] for slot in most_contaminated(visible, span, window, round(share * overlap), new))
         return chosen
 
     def resolve(self, backbone: Backbone) -> Self:
