@@ -143,7 +143,7 @@ def test_conversations_go_on_under_templates_that_rewrite_their_past(template: s
         ("", {}, "the question is empty"),
         ("Who?", {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ("Who?", {"beams": 3}, "ask takes no such setting: .*'beams'"),
-        ("\ud83d?", {}, "half a character"),
+        ("\ud83d?", {}, "lone surrogate"),
     ],
 )
 def test_questions_that_can_not_be_asked_are_refused_at_once(

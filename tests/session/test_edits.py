@@ -231,7 +231,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"text": 3}, InputError, "the new text is 3"),
     ({"text": "long " * 3000}, ContextLengthError, "positions"),
     ({"what": "nowhere"}, SpanError, "is not in the context"),
-    ({"text": "half \ud83d a character"}, InputError, "half a character"),
+    ({"text": "half \ud83d a character"}, InputError, "lone surrogate"),
 ]
 
 

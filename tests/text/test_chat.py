@@ -319,7 +319,7 @@ def test_a_plain_question_needs_no_template_and_keeps_its_braces(plain_tokenizer
 
 @pytest.mark.parametrize("question", ["", " \n", None, 5])
 def test_an_empty_question_is_refused(question: Any) -> None:
-    with pytest.raises(InputError, match="the question is empty or no text"):
+    with pytest.raises(InputError, match="the question is empty or not a text"):
         chat.question_text(tokenizer_with(CHAT_TEMPLATE), question, turn_open=True)
 
 

@@ -240,7 +240,7 @@ def _tokens(text: str) -> tuple[list[int], list[tuple[int, int]]]:
         (Characters(-3, 7), r"characters \[-3, 7\) lie outside"),
         (Characters(0, 10_000), r"outside the context, which has 73 characters"),
         ("", "empty: give the words"),
-        ("submarine", "'submarine' is not in the context: give the text exactly"),
+        ("submarine", "'submarine' is not in the context: give the exact text"),
         ("ADA  keeps", "letters or spaces differ in 'Ada keeps'"),
         ("Ada\nkeeps", "letters or spaces differ in 'Ada keeps'"),
         (Text("The ship", 3), "no occurrence 3: it occurs 2 times"),
@@ -269,14 +269,14 @@ def test_what_points_nowhere_is_refused_with_the_reason(what: Any, said: str) ->
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Tokens(1.5, 3), "Tokens: start is 1.5, but it is a whole number"),
+        (lambda: Tokens(1.5, 3), "Tokens: start is 1.5: give a whole number"),
         (lambda: Characters("1", 3), "Characters: start is '1'"),
-        (lambda: Text(5), "Text: text is 5, but it is a text"),
-        (lambda: Text("a", "2"), "occurrence is '2', but it is a whole number"),
+        (lambda: Text(5), "Text: text is 5: give a text"),
+        (lambda: Text("a", "2"), "occurrence is '2': give a whole number"),
         (lambda: Pattern(None), "Pattern: pattern is None"),
         (lambda: Message("3"), "Message: index is '3'"),
         (lambda: Message(True), "Message: index is True"),
-        (lambda: Message(1, keep_turn="yes"), "keep_turn is 'yes', but it is True or False"),
+        (lambda: Message(1, keep_turn="yes"), "keep_turn is 'yes': give True or False"),
         (lambda: ToolCall(7), "tool_call_id is 7"),
     ],
 )
@@ -328,7 +328,7 @@ def test_a_beginning_marker_and_an_opening_are_no_context_that_remains() -> None
     [
         (Message(4), "no message 4: the conversation has 4 messages$"),
         (Message(-5), "no message -5"),
-        (Message(3, keep_turn=True), r"message 3 \(assistant\) has no content .*erase the whole turn"),
+        (Message(3, keep_turn=True), r"message 3 \(assistant\) has no content, .*erase the whole turn"),
         (ToolCall("call_2"), "'call_2': the conversation has 'call_1'"),
     ],
 )
@@ -354,7 +354,7 @@ def test_a_message_without_a_turn_of_its_own_is_erased_by_content_only() -> None
 def test_a_tool_call_id_that_comes_twice_must_be_told_by_index() -> None:
     built = conversation()
     built.messages.append(built.messages[2])
-    with pytest.raises(SpanError, match=r"'call_1' stands in messages 2, 4: say which with Message\(index\)"):
+    with pytest.raises(SpanError, match=r"'call_1' occurs in messages 2, 4: say which with Message\(index\)"):
         resolve(built, ToolCall("call_1"))
 
 

@@ -127,7 +127,7 @@ def test_prompts_of_completions_keep_the_control_tokens_that_they_write() -> Non
 
 def test_reserved_and_half_characters_are_refused_where_they_stand() -> None:
     tokenizer = tokenizer_with(CHAT_TEMPLATE)
-    for text, said in (("ab\ud83d", "message 1 has half a character at 2"), ("a\U0010f03c", r"U\+10F03C at 1")):
+    for text, said in (("ab\ud83d", "message 1 has a lone surrogate at 2"), ("a\U0010f03c", r"U\+10F03C at 1")):
         with pytest.raises(InputError, match=said):
             chat.conversation(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": text}])
         with pytest.raises(InputError, match="the question has"):
@@ -166,7 +166,7 @@ def test_template_variables_reach_the_template_and_its_own_names_do_not() -> Non
     tokenizer = tokenizer_with(CHAT_TEMPLATE + "{% if terse %}[terse]{% endif %}")
     assert chat.render(tokenizer, [USER], ChatOptions(variables={"terse": True})).endswith("[terse]")
     for name in ("chat_template", "tools", "messages", "add_generation_prompt"):
-        with pytest.raises(InputError, match=f"{name} is no variable"):
+        with pytest.raises(InputError, match=f"{name} is a reserved name"):
             chat.render(tokenizer, [USER], ChatOptions(variables={name: "a"}))
 
 

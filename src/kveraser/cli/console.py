@@ -1,4 +1,4 @@
-"""What the command line prints: results on stdout, messages and progress on stderr."""
+"""Output of the command line: results on stdout, messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 RECEIPT_COLUMNS = ["method", "exact", "seconds", "erased", "recomputed", "kl", "fidelity", "leak", "no_harm"]
 
 EDGES, CLOSE_EDGES = 3, 2
-"""Characters that a column takes beside its cells, in a table with lines and in one without."""
+"""Padding and border characters per column, in a table with lines and without."""
 TEXT_WIDTH, LONGEST_WORD = 16, 24
-"""What a column of text is given at least, and at most where its words are longer."""
+"""Minimum width of a text column, and the maximum to which long words can raise it."""
 
 
 def say(message: str) -> None:
-    """A message, on stderr."""
+    """Print a message to stderr."""
     print(message, file=sys.stderr)
 
 
 def emit(payload: Mapping[str, Any]) -> None:
-    """One JSON object, on stdout."""
+    """Print one JSON object to stdout."""
     print(json.dumps(payload, ensure_ascii=False))
 
 
 @contextmanager
 def bar(total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; call it with what is being done, and how far (default: one step further)."""
+    """Show a progress bar on stderr; call it with a description and the progress so far (default: one more step)."""
     columns = [TextColumn("{task.description}"), *([BarColumn(), TimeRemainingColumn()] if total else [])]
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -59,7 +59,7 @@ def bar(total: float | None = None) -> Iterator[Callable[..., None]]:
 
 
 def table_of(title: str, columns: Sequence[str]) -> Table:
-    """An empty table; its first column names the rows and is never cut."""
+    """Returns an empty table whose first column, the row names, is never wrapped."""
     table = Table(title=title, title_justify="left", show_lines=False)
     for place, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=place == 0)
@@ -67,7 +67,7 @@ def table_of(title: str, columns: Sequence[str]) -> Table:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it."""
+    """Format a value for a table cell."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -81,10 +81,10 @@ def cell(value: Any) -> str:
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Rows as a table; below it, of rows that could not be measured, the reasons.
+    """Print rows as a table, followed by the reasons why rows could not be measured.
 
-    Columns without a value are left out. A table too wide for the terminal is written closer, and then in parts, each
-    of which begins with the columns that name the rows.
+    Empty columns are left out. A table wider than the terminal is printed without borders, and then split into parts
+    that each begin with the naming columns.
     """
     measured = [row for row in rows if not row.get("missing")]
     console = Console()
@@ -118,7 +118,7 @@ def _print_part(console: Console, title: str, rows: Sequence[Mapping[str, Any]],
 
 
 def _parts(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], width: int) -> list[list[str]]:
-    """The columns, in as many parts as it takes for each to fit into `width` when it is written closely."""
+    """Split the columns into parts that fit into `width` without borders."""
     naming = list(takewhile(lambda column: not rows or not _numbers(rows, column), columns))[:1] or list(columns[:1])
     if "method" in columns:
         naming = list(columns[: columns.index("method") + 1])
@@ -138,7 +138,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
 
 
 def _least(rows: Sequence[Mapping[str, Any]], column: str) -> int:
-    """The least width at which a column can be read: of numbers and names all of them, of text a few words."""
+    """Minimum width of a column: the longest cell for numbers and names, a few words for text."""
     cells = [cell(row.get(column)) for row in rows]
     longest = max(map(cell_len, cells), default=0)
     if not _numbers(rows, column):
@@ -148,7 +148,7 @@ def _least(rows: Sequence[Mapping[str, Any]], column: str) -> int:
 
 
 def receipt_row(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """A receipt with its audit's figures beside its own."""
+    """Returns a receipt as a row with its audit's figures."""
     audited = receipt["audit"] or {}
     return {**receipt} | {name: audited.get(name) for name in ("kl", "fidelity", "leak", "no_harm")}
 
@@ -159,7 +159,7 @@ def print_answers(
     after: Sequence[Mapping[str, Any]],
     exact: Sequence[Mapping[str, str]],
 ) -> None:
-    """The answers to each question, before, after by every method, and exact."""
+    """Print the answers to each question: before, after each method, and by exact recomputation."""
     for index, question in enumerate(questions):
         table = table_of(escape(question), ["", "answer"])
         table.add_row("before", escape(before[index]["answer"]))
@@ -170,7 +170,7 @@ def print_answers(
 
 
 def print_document(result: DocumentResult) -> None:
-    """One document of the demo: its story, the answers by every method, and what each cost."""
+    """Print one document of the demo: its story, and each method's answers and cost."""
     console = Console()
     document = result.document
     console.print(f"\n[bold]{escape(document.title)}[/bold]  {result.tokens} tokens, {result.erased} erased")

@@ -36,7 +36,7 @@ def evaluate(
     cases: Annotated[Path, typer.Argument(help="JSONL file, one case a line.")],
     methods: Methods = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run: a line a case. A stopped run continues there.")
+        Path | None, typer.Option(help="Folder for the results of the cases; a stopped run continues there.")
     ] = None,
     seed: Seed = 0,
     model: Model = DEFAULT_MODEL,
@@ -45,7 +45,7 @@ def evaluate(
     dtype: Dtype = None,
     json_output: Json = False,
 ) -> None:
-    """Measure on your own cases what every method forgets, leaks and harms, against exact recomputation."""
+    """Measure fidelity, leaks and harm of every method on your own cases, against exact recomputation."""
     from kveraser.measure.case_file import read_case_file
     from kveraser.measure.run import RunSettings, run, to_json, write_result
 
@@ -80,14 +80,18 @@ def print_run(title: str, result: Mapping[str, Any], columns: Sequence[str]) -> 
 
 
 def chosen_methods(names: str | None) -> list[Method]:
-    """Methods by their names; without names, `METHODS_COMPARED`."""
+    """Make the named methods; without names, `METHODS_COMPARED`."""
     from kveraser.methods import make_method
 
     return [make_method(name) for name in (METHODS_COMPARED if names is None else names).split(";") if name.strip()]
 
 
 def serving(methods: Sequence[Method], backbone: Backbone, named: bool) -> tuple[list[Method], dict[str, str]]:
-    """The resolved methods, and the reasons why others can't serve. A method that the user named raises instead."""
+    """Resolve methods for a backbone; returns those that work, and the reasons of the others by name.
+
+    Raises:
+        EraserError, BackboneError: `named` is set and a method does not work.
+    """
     if named:
         return [method.resolve(backbone) for method in methods], {}
     served, unserved = list["Method"](), dict[str, str]()
@@ -100,7 +104,7 @@ def serving(methods: Sequence[Method], backbone: Backbone, named: bool) -> tuple
 
 
 def sizes(option: str, text: str | None) -> tuple[int, ...] | None:
-    """The numbers of an option, separated by commas."""
+    """Parse the comma-separated numbers of an option."""
     if text is None:
         return None
     with suppress(ValueError):
@@ -109,7 +113,7 @@ def sizes(option: str, text: str | None) -> tuple[int, ...] | None:
 
 
 def base(sources: str | None) -> str | None:
-    """The names of files or datasets, separated by commas, for the record."""
+    """Returns comma-separated files and datasets without local folders, for result files."""
     if sources is None:
         return None
     return ",".join(Path(one).name if Path(one).is_file() else one for one in map(str.strip, sources.split(",")))

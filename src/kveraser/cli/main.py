@@ -1,4 +1,4 @@
-"""The command line: thin; a command's signature is its interface. Results go to stdout, everything else to stderr."""
+"""The command line. Results go to stdout, messages and progress to stderr."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 USAGE, FAILURE = 2, 1
 INTERRUPTED = 130
-"""How typer reports Ctrl-C."""
-# typer carries a copy of click that it does not name; its one public usage error leads there.
+"""Exit code of typer after Ctrl-C."""
+# typer vendors click without exporting its usage error; the base class of `BadParameter` is it.
 UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -57,11 +57,11 @@ app.command()(serve)
 app.command()(evaluate)
 bench.command()(latency)
 
-NewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens of an answer.")]
 
 NO_METHOD: tuple[None] = (None,)
 SHOWN_TOKENS = 20
-"""Tokens that `influence` lists of a text."""
+"""Number of tokens that `influence` lists for a text."""
 
 
 def main() -> None:
@@ -70,9 +70,9 @@ def main() -> None:
 
 
 def run_app(commands: typer.Typer) -> None:
-    """Run commands by the arguments of this process.
+    """Run commands with the arguments of this process.
 
-    An error of the user's ends in one line on stderr, exit code 2 for usage and 1 for failure.
+    Errors are printed as one line on stderr; the exit code is 2 for usage errors and 1 for failures.
     """
     try:
         with extras():
@@ -105,7 +105,7 @@ def demo(
     picture: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("kveraser-demo.png"),
     json_output: Json = False,
 ) -> None:
-    """Erase a wrong, stale, retracted or malicious span from four real documents by every method."""
+    """Erase a wrong, stale, retracted or malicious span from four documents with every method."""
     from kveraser.demo.documents import load_documents
     from kveraser.demo.picture import draw
     from kveraser.demo.run import run_document, summarize
@@ -139,16 +139,16 @@ def erase(
     pattern: Annotated[list[str] | None, typer.Option(help="Regular expression: every match is erased.")] = None,
     message: Annotated[list[int] | None, typer.Option(help="Index of a message to erase, from 0.")] = None,
     tool_call: Annotated[list[str] | None, typer.Option(help="Id of a tool call whose result to erase.")] = None,
-    keep_turn: Annotated[bool, typer.Option("--keep-turn", help="Leave an empty turn behind.")] = False,
+    keep_turn: Annotated[bool, typer.Option("--keep-turn", help="Keep the role markers of erased messages.")] = False,
     messages: Annotated[bool, typer.Option("--messages", help="The context is a JSON list of chat messages.")] = False,
     allow_special: Annotated[
         bool, typer.Option("--allow-special", help="Special tokens in the context act; otherwise they are text.")
     ] = False,
     method: Annotated[list[str] | None, typer.Option(help="Method, such as 'repair(32)'; several allowed.")] = None,
-    replace: Annotated[str | None, typer.Option(help="Text to put in the place of each span.")] = None,
+    replace: Annotated[str | None, typer.Option(help="Text that replaces each span.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Budget of method auto, nats per answer token.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Run the methods named even where exact recomputation costs the same.")
+        bool, typer.Option("--force", help="Run the named methods even if exact recomputation is as cheap.")
     ] = False,
     audit: Annotated[bool, typer.Option(help="Measure against exact recomputation.")] = True,
     model: Model = DEFAULT_MODEL,
@@ -156,7 +156,7 @@ def erase(
     device: Device = None,
     dtype: Dtype = None,
     max_new_tokens: NewTokens = 64,
-    save: Annotated[Path | None, typer.Option(help="Write the erased session here (one method only).")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to save the edited session to (one method only).")] = None,
     json_output: Json = False,
 ) -> None:
     """Erase or replace spans of a context and answer questions before, after, and by exact recomputation."""
@@ -229,7 +229,7 @@ def influence(
     occurrence: Annotated[int | None, typer.Option(help="Which occurrence of the text, from 1.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="Regular expression: every match.")] = None,
     message: Annotated[list[int] | None, typer.Option(help="Index of a message, from 0.")] = None,
-    tool_call: Annotated[list[str] | None, typer.Option(help="Id of a tool call whose result to take.")] = None,
+    tool_call: Annotated[list[str] | None, typer.Option(help="Id of a tool call whose result to measure.")] = None,
     messages: Annotated[bool, typer.Option("--messages", help="The context is a JSON list of chat messages.")] = False,
     allow_special: Annotated[
         bool, typer.Option("--allow-special", help="Special tokens in the context act; otherwise they are text.")
@@ -266,15 +266,15 @@ def influence(
 
 @app.command()
 def plan(
-    edit_tokens: Annotated[int, typer.Option(min=0, help="Tokens that an edit runs; recompute: all after it.")],
+    edit_tokens: Annotated[int, typer.Option(min=0, help="Tokens that an edit runs; for recompute, the suffix.")],
     stale_per_turn: Annotated[float, typer.Option(min=0, help="Tokens that become stale in each turn.")],
-    turns: Annotated[int, typer.Option(min=1, help="Turns to come.")],
+    turns: Annotated[int, typer.Option(min=1, help="Number of future turns.")],
     stale: Annotated[int, typer.Option(min=0, help="Stale tokens in the context now.")] = 0,
     prefill: Annotated[float, typer.Option(min=0, help="Price or seconds of a token of prefill.")] = 1.0,
     cached: Annotated[float, typer.Option(min=0, help="Price or seconds of a cached token in each turn.")] = 0.1,
     json_output: Json = False,
 ) -> None:
-    """Say when to edit a context that grows: now, every few turns, or never."""
+    """Plan when to edit a growing context: now, every few turns, or never."""
     from kveraser.measure.schedule import best_schedule
 
     best = best_schedule(prefill * edit_tokens, cached, stale, stale_per_turn, turns)
@@ -317,7 +317,7 @@ def ask(
 
 @app.command()
 def methods(json_output: Json = False) -> None:
-    """List the erasing methods, what they cost, and where they come from."""
+    """List the erasing methods with their costs and sources."""
     from dataclasses import fields
 
     from kveraser.methods import METHODS
@@ -341,7 +341,7 @@ def methods(json_output: Json = False) -> None:
 
 @app.command()
 def models(json_output: Json = False) -> None:
-    """List the bundled backbone and the model families that the tests prove, with what works on each."""
+    """List the bundled backbone and the tested model families, with the methods that work on each."""
     from kveraser.model.bundled import bundled_status
     from kveraser.model.families import FAMILIES
 
@@ -388,7 +388,7 @@ def _read(source: str) -> str:
     except OSError as error:
         raise InputError(f"can't read {source} ({error.strerror}): check the path") from error
     try:
-        # Some editors begin a file with a mark of its encoding, which is no part of the text.
+        # Some editors write a byte order mark.
         return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         name = "standard input" if source == "-" else source

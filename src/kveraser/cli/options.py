@@ -1,4 +1,4 @@
-"""Options that several commands share, and loading the backbone that they name."""
+"""Options shared by several commands, and loading of the backbone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Model = Annotated[str, typer.Option(help="Hub id, folder, or the bundled smollm2
 EraserOption = Annotated[
     str, typer.Option(help="PEFT LoRA folder or hub id, shipped (the bundled model's own), or none.")
 ]
-Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda if available, else cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="Default: bfloat16 on cuda, float32 on cpu.")]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -24,7 +24,7 @@ SHIPPED, NO_ERASER = "shipped", "none"
 
 
 def load_backbone(model: str, eraser: str = SHIPPED, device: str | None = None, dtype: str | None = None) -> Backbone:
-    """Load a backbone, showing a progress bar where the bundled one has to be converted first."""
+    """Load a backbone; shows a progress bar if the bundled one must be converted first."""
     quiet()
     from kveraser.model.backbone import Backbone
 
@@ -37,12 +37,12 @@ def load_backbone(model: str, eraser: str = SHIPPED, device: str | None = None, 
 
 
 def eraser_named(option: str) -> str | None:
-    """What `--eraser` stands for in Python, where no eraser is None."""
+    """Convert the value of `--eraser` to the argument of `Backbone.load`: `none` becomes None."""
     return None if option == NO_ERASER else option
 
 
 def quiet() -> None:
-    """Our own progress is enough: the libraries' bars and retries would stand between the lines of a result."""
+    """Disable progress bars and warnings of transformers and huggingface_hub."""
     import logging
 
     from transformers.utils import logging as transformers

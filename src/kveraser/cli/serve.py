@@ -31,10 +31,10 @@ def serve(
     eraser: EraserOption = SHIPPED,
     device: Device = None,
     dtype: Dtype = None,
-    name: Annotated[str | None, typer.Option(help="Name by which clients ask for the model. Default: its own.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name in the API. Default: its own name.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="How spans are erased where nobody says. Default: by the eraser, else repair(32)."),
+        typer.Option(help="Default method for erasing. Default: follow, or recompute without rotary positions."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
@@ -42,7 +42,7 @@ def serve(
     sessions: Annotated[
         Path | None,
         typer.Option(
-            help="Folder where sessions live across restarts. Default: they end with the server.",
+            help="Folder that keeps sessions across restarts. Default: sessions end with the server.",
             rich_help_panel=CONTEXTS,
         ),
     ] = None,
@@ -53,14 +53,14 @@ def serve(
         float, typer.Option(min=0.001, help="GiB of snapshots in the folder.", rich_help_panel=CONTEXTS)
     ] = 64.0,
     ttl: Annotated[
-        float, typer.Option(min=1, help="Seconds that a session is kept unused.", rich_help_panel=CONTEXTS)
+        float, typer.Option(min=1, help="Seconds after which an unused session is deleted.", rich_help_panel=CONTEXTS)
     ] = 24 * 3600.0,
     undo_steps: Annotated[
         int, typer.Option(min=0, help="Operations of a session that can be undone.", rich_help_panel=CONTEXTS)
     ] = 16,
     undo_seconds: Annotated[
         float,
-        typer.Option(min=0, help="For how long; then what they kept is overwritten.", rich_help_panel=CONTEXTS),
+        typer.Option(min=0, help="Seconds until the old states are overwritten.", rich_help_panel=CONTEXTS),
     ] = 3600.0,
     api_keys: Annotated[
         Path | None,
@@ -70,36 +70,32 @@ def serve(
     ] = None,
     without_keys: Annotated[
         bool,
-        typer.Option(
-            "--without-keys", help="Let everyone in, on an address that others can reach.", rich_help_panel=CLIENTS
-        ),
+        typer.Option("--without-keys", help="Allow a public address without API keys.", rich_help_panel=CLIENTS),
     ] = False,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="Name by which clients may ask the server; several allowed.", rich_help_panel=CLIENTS),
+        typer.Option(help="Accepted Host header; several allowed.", rich_help_panel=CLIENTS),
     ] = None,
     requests_per_minute: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Requests of one key in a minute. Default: no limit.", rich_help_panel=CLIENTS),
+        typer.Option(min=0.1, help="Requests per minute and key. Default: no limit.", rich_help_panel=CLIENTS),
     ] = None,
     requests_at_once: Annotated[
-        int, typer.Option(min=1, help="Requests of one key that are answered at once.", rich_help_panel=CLIENTS)
+        int, typer.Option(min=1, help="Concurrent requests per key.", rich_help_panel=CLIENTS)
     ] = 32,
     max_body: Annotated[
-        float, typer.Option(min=0.001, help="MiB that a request's body may have.", rich_help_panel=CLIENTS)
+        float, typer.Option(min=0.001, help="Maximum size of a request body in MiB.", rich_help_panel=CLIENTS)
     ] = 16.0,
     answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of an answer where its request names none.", rich_help_panel=TURNS)
+        int, typer.Option(min=1, help="Default maximum number of tokens of an answer.", rich_help_panel=TURNS)
     ] = 1024,
-    streams: Annotated[int, typer.Option(min=1, help="Answers that are decoded at once.", rich_help_panel=TURNS)] = 32,
+    streams: Annotated[int, typer.Option(min=1, help="Answers decoded concurrently.", rich_help_panel=TURNS)] = 32,
     waiting: Annotated[
-        int, typer.Option(min=1, help="Jobs that may wait; further ones are refused.", rich_help_panel=TURNS)
+        int, typer.Option(min=1, help="Length of the queue; further jobs are refused.", rich_help_panel=TURNS)
     ] = 64,
     chunk: Annotated[
         int,
-        typer.Option(
-            min=1, help="Tokens of a prefill between two decode steps of other answers.", rich_help_panel=TURNS
-        ),
+        typer.Option(min=1, help="Prefill tokens between two decode steps of other answers.", rich_help_panel=TURNS),
     ] = 128,
 ) -> None:
     """Serve a model: OpenAI-compatible answers from caches whose history can be edited, sessions and a playground.

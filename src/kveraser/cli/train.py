@@ -21,21 +21,21 @@ data = typer.Typer(help="Build training data.", no_args_is_help=True)
 @data.command()
 def build(
     output: Annotated[Path, typer.Argument(help="Case file to write: .arrow, else JSON lines.")],
-    stage: Annotated[str, typer.Option(help="1 inserts unrelated text, 2 are the tasks, both: half and half.")] = "1",
+    stage: Annotated[str, typer.Option(help="1: inserted unrelated text, 2: the tasks, both: half of each.")] = "1",
     tasks: Annotated[str | None, typer.Option(help="Tasks of stage 2, separated by commas. Default: all.")] = None,
     split: Annotated[str, typer.Option(help="train or heldout: disjoint passages, names and phrasings.")] = "train",
     corpus: Annotated[str, typer.Option(help="Hub dataset, .jsonl file or plain text.")] = "wikimedia/wikipedia",
     column: Annotated[str, typer.Option(help="Text column of a dataset or .jsonl file.")] = "text",
-    passages: Annotated[int, typer.Option(min=2, help="Most passages to read.")] = 50_000,
+    passages: Annotated[int, typer.Option(min=2, help="Maximum number of passages to read.")] = 50_000,
     cases: Annotated[int, typer.Option(min=1, help="Cases to generate.")] = 1000,
     context: Annotated[tuple[int, int], typer.Option(help="Shortest and longest context, in words.")] = (120, 360),
     span: Annotated[tuple[int, int], typer.Option(help="Shortest and longest span, in words.")] = (8, 760),
     seed: Annotated[int, typer.Option(help="The same seed gives the same cases.")] = 42,
-    resume: Annotated[bool, typer.Option(help="Go on where an interrupted build stopped.")] = True,
-    tokens: Annotated[str | None, typer.Option(help="Count tokens too, as this backbone cuts them.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted build.")] = True,
+    tokens: Annotated[str | None, typer.Option(help="Also count tokens, with this backbone's tokenizer.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Build cases to train on, or to measure with, from a corpus."""
+    """Build training or evaluation cases from a corpus."""
     from kveraser.training.build import BuildSettings, build_cases, check_settings, statistics_of
     from kveraser.training.cases import read_cases
     from kveraser.training.corpus import read_passages
@@ -84,12 +84,12 @@ def build(
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Don't train: say what it will take.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only estimate memory and time.")] = False,
     config: Annotated[Path | None, typer.Option(help="With --plan: folder with the backbone's config.json.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Train an eraser for a backbone, by a recipe."""
+    """Train an eraser for a backbone from a recipe."""
     from kveraser.training.recipe import load_recipe
 
     if config is not None and not plan:

@@ -20,9 +20,9 @@ class Answer:
     Attributes:
         text: the answer, without end markers.
         tokens: its token ids.
-        finish_reason: `stop` (the model ended, or a stop text came) or `length`.
-        prompt_tokens: tokens run before the first one of the answer.
-        first_token_seconds, seconds: wall-clock time to the first token, and in all.
+        finish_reason: `stop` (end token or stop text) or `length`.
+        prompt_tokens: number of tokens run before the first token of the answer.
+        first_token_seconds, seconds: wall-clock time to the first token, and in total.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Answer:
 
 
 def question_tokens(state: SessionState, question: str, answer_prefix: str = "") -> TokenizedText:
-    """The question as it is appended to the cache as it is now, with the chat template's markers.
+    """Tokenize a question for the end of the session's context, with the chat template's role markers.
 
     Raises:
         InputError: an empty question, or an answer prefix without a chat template.
@@ -110,7 +110,7 @@ def _keep(state: SessionState, question: str, prompt: TokenizedText, tokens: Seq
 
 
 def _exchange(state: SessionState, question: str, prompt: str, answer: str, after: str) -> list[MessageRange]:
-    """The ranges of a question and its answer as messages, in the transcript that they are about to join."""
+    """Returns the message ranges of a question and its answer, as appended to the transcript."""
     tokenizer, base = state.backbone.tokenizer, len(state.transcript.text)
     opening = chat.reply_opening(tokenizer, state.options)
     end = base + len(prompt) - len(opening)

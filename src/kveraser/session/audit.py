@@ -1,4 +1,4 @@
-"""Audit a session: what its erases achieved, against a fresh prefill without the erased text."""
+"""Audits a session against a fresh prefill without the erased text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kveraser.text.tokenized import tokenize
 
 
 def make_references(state: SessionState, progress: Progress | None = None) -> References:
-    """Prefill the live tokens, and the tokens before all edits: the references of an audit."""
+    """Prefill the references of an audit: the live tokens (exact) and the tokens before all edits (unerased)."""
     exact, unerased = state.live_tokens, state.transcript.original
     done = 0
 
@@ -41,17 +41,17 @@ def audit(
     references: References,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Audit:
-    """Measure what the erases so far achieved; see `Session.audit`.
+    """Measure fidelity and leaks of the edits so far; see `Session.audit`.
 
     Args:
-        probes: None: made from the last erase's text and its surroundings.
-        secrets: None: numbers and names that only the erased text holds.
+        probes: None: built from the last erased text and the text around it.
+        secrets: None: numbers and names that only the erased text contains.
     """
     transcript, tokenizer = state.transcript, state.backbone.tokenizer
     if probes is None:
         last = state.receipts[-1]
         if not last.spans:
-            raise InputError("nothing was erased that default probes could be made of: give probes")
+            raise InputError("nothing was erased to build default probes from: give probes")
         body = bisect_left(transcript.offsets, transcript.body_start, key=lambda offset: offset[0])
         before = transcript.live_text(min(body, last.spans[0][0]), last.spans[0][0])
         after = transcript.live_text(last.spans[-1][1], len(transcript.tokens))
@@ -75,7 +75,7 @@ def audit(
 
 
 def _position_gap(state: SessionState, references: References) -> EditableCache | None:
-    """The live tokens prefilled at their positions in the cache, where those are not consecutive; else None."""
+    """Prefill the live tokens at their positions in the cache; None if these have no position gap."""
     cache = state.cache
     kept = torch.nonzero(cache.slot_to_token != NO_TOKEN)[:, 0]
     positions = cache.positions[kept]

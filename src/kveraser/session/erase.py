@@ -25,10 +25,11 @@ from kveraser.text.tokenized import TokenizedText
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the text: tokens to erase, text to put in their place; one of the two may be empty.
+    """One change of the transcript: erase, replace or insert.
 
     Attributes:
-        span: the tokens to erase; a `Place` erases none, and the text goes before it.
+        span: the tokens to erase; a `Place` for an insertion.
+        text: the text to insert; None for an erase.
     """
 
     span: Span
@@ -100,10 +101,10 @@ def erase(
 
 
 def _write(state: SessionState, changes: Sequence[Change]) -> tuple[list[Edit], list[Span]]:
-    """Put the new text into the transcript, and renumber the cache and earlier receipts.
+    """Insert the new text into the transcript, and renumber the cache and earlier receipts.
 
     Returns:
-        The edits, and the spans to erase, by the new indices.
+        The edits and the spans to erase, in the new indices.
     """
     transcript, edits, spans, moved = state.transcript, list[Edit](), list[Span](), 0
     for change in changes:
@@ -128,7 +129,7 @@ def _write(state: SessionState, changes: Sequence[Change]) -> tuple[list[Edit], 
 def edit_auto(
     state: SessionState, changes: Sequence[Change], max_kl: float, probes: Sequence[Probe] | None, undoable: bool
 ) -> Receipt:
-    """Edit by the cheapest method whose audit is within `max_kl`, in the end by `recompute`; see `Session.erase`.
+    """Edit by the cheapest method whose audit is within `max_kl`, else by `recompute`; see `Session.erase`.
 
     Raises:
         MethodError: a negative budget, or no probe that measures influence.
@@ -144,7 +145,7 @@ def edit_auto(
         except KVEraserError:
             if method.is_reference:
                 raise
-            # It can't serve this backbone (too few layers, say).
+            # The method does not support this backbone, for example because it has too few layers.
             continue
         accepted = False
         try:
@@ -162,7 +163,7 @@ def edit_auto(
 
 
 def _candidates(state: SessionState, changes: Sequence[Change]) -> list[Method]:
-    """Methods that can serve, the cheapest first; the exact one last among equals."""
+    """Returns the applicable methods, cheapest first; `recompute` is last among equals."""
     spans = [change.span for change in changes]
     inserted = sum(len(change.text.tokens) for change in changes if change.text is not None)
     live, targets = state.transcript.live, _targets(state, spans)
@@ -172,7 +173,7 @@ def _candidates(state: SessionState, changes: Sequence[Change]) -> list[Method]:
     candidates = []
     for name, kind in METHODS.items():
         if kind.removes_text and (kind.inserts or not inserted):
-            # A method that needs a missing eraser or rotary positions is no candidate, nor one as costly as exact.
+            # Skip methods without their eraser or rotary positions, and those that cost as much as `recompute`.
             with suppress(EraserError, BackboneError):
                 plan = plan_erase(state.backbone, state.cache, make_method(name), targets, False, inserted)
                 if plan.reason is None:
@@ -181,7 +182,7 @@ def _candidates(state: SessionState, changes: Sequence[Change]) -> list[Method]:
 
 
 def _meets(state: SessionState, max_kl: float, probes: Sequence[Probe] | None, references: list[References]) -> bool:
-    """Whether the last erase is within the budget; its receipt then carries the audit."""
+    """Audit the last edit, store the audit in its receipt, and return whether it is within the budget."""
     if max_kl == 0:
         return False
     try:
@@ -189,7 +190,6 @@ def _meets(state: SessionState, max_kl: float, probes: Sequence[Probe] | None, r
             references.append(make_references(state))
         measured = audit(state, probes, None, references[0])
     except ContextLengthError:
-        # What can't be measured is not within the budget.
         return False
     state.receipts[-1] = state.receipts[-1].with_audit(measured)
     return measured.kl is not None and measured.kl <= max_kl

@@ -27,11 +27,11 @@ VERSION = "2"
 def save(state: SessionState, path: str | Path) -> None:
     """Write a session to `path`: its cache, transcript and receipts.
 
-    What `undo` needs is not written. The cache is written as it is: `zero_value` leaves the span's keys in it, and
-    `erratum` all of the span. The transcript and the receipts hold the erased words, since audits need them.
+    Undo history is not saved. The file still contains the erased text, in transcript and receipts, which audits need;
+    after `zero_value` also the span's keys, and after `erratum` the span's keys and values.
 
     Raises:
-        SessionFileError: it can't be written (no space, no permission); an earlier file at `path` is untouched then.
+        SessionFileError: the file can't be written; an earlier file at `path` is kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -76,11 +76,11 @@ def load(path: str | Path, backbone: Backbone | str | Path | None = None, **load
 
     Args:
         backbone: a loaded backbone, or what `Backbone.load` takes; None: the one named in the file.
-        loading: device, dtype and eraser for `Backbone.load`; without a dtype, the one named in the file.
+        loading: device, dtype and eraser for `Backbone.load`; the default dtype is the one named in the file.
 
     Raises:
-        SessionFileError: missing, corrupt, of another version, or made with another model.
-        InputError: device or dtype beside a loaded backbone, or an argument that loading does not take.
+        SessionFileError: the file is missing, corrupt, of another version, or made with another model.
+        InputError: device or dtype with a loaded backbone, or an unknown argument.
         BackboneError: the backbone can't be loaded.
     """
     unknown = sorted(set(loading) - {"device", "dtype", "eraser"})

@@ -53,16 +53,15 @@ class Session:
         messages: a conversation in the OpenAI format, rendered by the model's own chat template.
         tools: tool descriptions for the template; only with messages.
         chat_template_kwargs: further variables of the chat template, such as `{"enable_thinking": False}`.
-        allow_special: special tokens in the text, messages and questions act as control tokens. False: they are read
-            as text.
-        eraser: PEFT LoRA folder or hub id, loaded into the backbone. Default: for a backbone given by name the eraser
-            that ships for it, if there is one; a ready one stays as it is. None: none.
+        allow_special: treat special tokens in the text, messages and questions as control tokens instead of text.
+        eraser: PEFT LoRA folder or hub id to load into the backbone. Default: the shipped eraser for a backbone given
+            by name, if there is one; a loaded backbone keeps its own. None: no eraser.
         device, dtype: see `Backbone.load`; only with a backbone given by name.
-        progress: called with tokens done and in all during prefill.
-        state: the state of another session, to be used as it is; all else is ignored then.
+        progress: called during prefill with the number of tokens done and the total.
+        state: an existing state to wrap; all other arguments are then ignored.
 
     Raises:
-        InputError: neither or both of text and messages, or messages of the wrong form.
+        InputError: neither or both of text and messages, or invalid messages.
         ContextLengthError: more tokens than the backbone has positions.
         BackboneError, EraserError: see `Backbone.load`.
     """
@@ -127,7 +126,7 @@ class Session:
 
     @property
     def options(self) -> ChatOptions:
-        """How the chat template renders."""
+        """Options for rendering with the chat template."""
         return self.state.options
 
     @property
@@ -137,17 +136,17 @@ class Session:
 
     @property
     def transcript(self) -> Transcript:
-        """All text and tokens that were ever read, and which of them are live."""
+        """All text and tokens of the session, erased ones included."""
         return self.state.transcript
 
     @property
     def receipts(self) -> list[Receipt]:
-        """Of all erases, the last one last."""
+        """Receipts of all edits, in order."""
         return self.state.receipts
 
     @property
     def text(self) -> str:
-        """The live text: everything read or said that has not been erased."""
+        """The text that has not been erased."""
         return self.transcript.live_text(0, len(self.transcript.tokens))
 
     @property
@@ -161,7 +160,7 @@ class Session:
         return self.state.exact
 
     def find(self, what: Erasable) -> list[tuple[Span, str]]:
-        """The token spans that `what` selects, and their text snapped to whole tokens, without erasing anything.
+        """Returns the token spans that `what` selects, with their text; nothing is erased.
 
         Raises:
             SpanError: see `kveraser.text.spans`.
@@ -174,9 +173,8 @@ class Session:
         """Ask about the context.
 
         Args:
-            question: the user's words; the chat template's markers are added.
-            keep: continue the conversation with question and answer. Otherwise the session stays as it was, so that
-                one question never influences the next.
+            question: the user's text; the chat template's role markers are added.
+            keep: append question and answer to the conversation. Otherwise the session does not change.
             decoding: fields of `Decoding`: max_new_tokens, do_sample, temperature, top_p, stop, seed, ...
 
         Raises:
@@ -191,16 +189,16 @@ class Session:
                     return answer
 
     def stream(self, question: str, *, keep: bool = False, **decoding: Any) -> Generator[str, None, Answer]:
-        """As `ask`, yielding the answer's text in pieces; the generator's return value is the `Answer`.
+        """As `ask`, but yields the answer's text in pieces; the generator returns the `Answer`.
 
-        Until it is exhausted or closed, the session takes no other call. Closed early, nothing is kept.
+        The session refuses other calls until the generator is exhausted or closed; closing it early keeps nothing.
         """
         try:
             settings = Decoding(**decoding)
         except TypeError as error:
             raise InputError(f"ask takes no such setting: {error}") from error
         self.state.check_idle()
-        # A bad question is refused here, not when the generator starts.
+        # Validate the question now: a generator's body only runs at the first `next`.
         answering.question_tokens(self.state, question)
         return answering.stream(self.state, question, keep, settings)
 
@@ -211,7 +209,7 @@ class Session:
         messages: Sequence[chat.ChatMessage] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Add to the context: text to a text session, messages to a conversation.
+        """Append to the context: text to a text session, messages to a conversation.
 
         Raises:
             InputError, ContextLengthError: the session is as before.
@@ -254,21 +252,21 @@ class Session:
     ) -> Receipt:
         """Erase spans from the live cache.
 
-        A method that would run about as many tokens as exact recomputation (three quarters of them or more) is replaced
-        by `recompute`; the receipt's `requested` and `reason` then say so.
+        A method that would run at least three quarters of the tokens of exact recomputation is replaced by `recompute`;
+        the receipt then has `requested` and `reason`.
 
         Args:
             what: a text, a selector of `kveraser.text.spans`, or several; overlapping spans are merged.
-            method: a name in `kveraser.METHODS` such as `repair(32)`, a method, or `auto`: the cheapest whose audit
-                meets `max_kl` on `probes`, in the end `recompute`. None: `follow`, or `recompute` where keys can't be
-                moved.
+            method: a name in `kveraser.METHODS` such as `repair(32)`, a method, or `auto`: the cheapest method whose
+                audit meets `max_kl` on `probes`, else `recompute`. None: `follow`, or `recompute` if the positions are
+                not rotary.
             max_kl: budget of `auto`, mean KL(exact || edited) in nats per answer token (default 0.02).
             probes: questions for `auto` to audit with; default: built from the span and its surroundings.
-            undoable: keep the old states for `undo`. False keeps nothing to undo with, this step or any earlier one;
-                buffer slots that the erase freed hold their old bits until they are written again.
-            force: run the named method even where exact recomputation costs the same: for measurements.
-            dependents: erase later messages too, whose `influence` by the spans is above this, in nats per token;
-                then those that are influenced by these, and so on.
+            undoable: keep the old states for `undo`. False discards them, and those of all earlier steps; freed slots
+                of the buffer keep their old bits until they are overwritten.
+            force: run the named method even if exact recomputation is as cheap; for measurements.
+            dependents: also erase later messages whose `influence` by the spans exceeds this KL, in nats per token;
+                repeated until no message exceeds it.
             parameters: the method's parameters by name.
 
         Returns:
@@ -282,7 +280,7 @@ class Session:
         if dependents is not None:
             if not dependents >= 0:
                 raise InputError(f"dependents is {dependents!r}: give a KL of at least 0 nats per token")
-            # A message may lean on the span only through another one that leans on it.
+            # A message may depend on the span only through another message.
             while above := self.influence([Tokens(span.start, span.end) for span in spans]).above(dependents):
                 spans = resolve(
                     self.transcript, [*(Tokens(span.start, span.end) for span in spans), *map(self._turn, above)]
@@ -302,17 +300,17 @@ class Session:
         force: bool = False,
         **parameters: Any,
     ) -> Receipt:
-        """Erase spans and put a text in the place of each; the exact reference is a prefill of the edited text.
+        """Replace spans with a text; the exact reference is a prefill of the edited text.
 
-        Of a `Message` or a `ToolCall` the content is replaced and the turn stays. Indices of tokens, characters and
-        messages after the new text move. All other arguments and errors are those of `erase`.
+        For a `Message` or `ToolCall`, the content is replaced and the role markers stay. Indices after the new text
+        shift. For all other arguments and errors see `erase`.
 
         Args:
-            what: as for `erase`, every match; spans must not overlap.
+            what: as for `erase`; every match is replaced, and spans must not overlap.
             text: the new text; special tokens in it are text unless the session allows them.
 
         Raises:
-            InputError: an empty text (that is `erase`).
+            InputError: the text is empty; use `erase`.
             ContextLengthError: more tokens than the backbone has positions.
         """
         self.state.check_idle()
@@ -335,21 +333,20 @@ class Session:
     ) -> Receipt:
         """Insert a text into the context; the exact reference is a prefill of the edited text.
 
-        Indices of tokens, characters and messages after the new text move. All other arguments and errors are those of
-        `erase`.
+        Indices after the new text shift. For all other arguments and errors see `erase`.
 
         Args:
-            position: in characters, counted as by `Characters`; it must be between two tokens.
+            position: character position, counted as in `Characters`, between two tokens.
 
         Raises:
-            SpanError: outside the context, or inside a token.
+            SpanError: the position is outside the context or inside a token.
         """
         self.state.check_idle()
         changes = [Change(place_of(self.transcript, position), self._added(text))]
         return self.edit(changes, method, max_kl=max_kl, probes=probes, undoable=undoable, force=force, **parameters)
 
     def _added(self, text: str) -> TokenizedText:
-        """The tokens of a text that is put into the context."""
+        """Tokenize a text to insert, and warn about special tokens in it."""
         _warn(special_notices(self.backbone.tokenizer, {"the text": text}, self.options.allow_special))
         return chat.added_text(self.backbone.tokenizer, text, self.options)
 
@@ -364,14 +361,13 @@ class Session:
         force: bool = False,
         **parameters: Any,
     ) -> Receipt:
-        """Apply several changes at once; `erase`, `replace` and `insert` are its cases.
+        """Apply several changes in one edit; `erase`, `replace` and `insert` call this.
 
         Args:
-            changes: spans of tokens and texts, in the order of the transcript, without overlaps.
+            changes: token spans with their new texts, in the order of the transcript, without overlaps.
 
         Raises:
-            SpanError: changes out of order.
-            Otherwise those of `erase`.
+            SpanError: the changes overlap or are out of order; for other errors see `erase`.
         """
         self.state.check_idle()
         if any(one.span.end > other.span.start for one, other in pairwise(changes)):
@@ -380,7 +376,7 @@ class Session:
             raise SpanError(f"a change lies outside the context, which has {len(self.transcript.tokens)} tokens")
         erased = [Tokens(one.span.start, one.span.end) for one in changes if one.span.start < one.span.end]
         if erased:
-            # Refuses what is erased already, and an edit after which nothing would remain.
+            # Only for its checks: already erased spans, and edits that leave nothing.
             resolve(self.transcript, erased)
         if method == "auto":
             if parameters:
@@ -395,15 +391,15 @@ class Session:
         return edit(self.state, changes, chosen, undoable, force)
 
     def undo(self, steps: int = 1) -> None:
-        """Take back the last `steps` erases, appends or kept answers; every bit is as it was.
+        """Undo the last `steps` edits, appends or kept answers; the cache is restored bit for bit.
 
         Raises:
-            SessionError: there are not so many; nothing is undone then.
+            SessionError: fewer steps can be undone; nothing changes.
         """
         self.state.undo(steps)
 
     def fork(self) -> Self:
-        """An independent session over a copy of the cache; a change to one never touches the other."""
+        """Returns an independent session over a copy of the cache."""
         return type(self)(state=self.state.fork())
 
     # Measuring
@@ -411,16 +407,15 @@ class Session:
     def influence(self, what: Erasable, progress: Progress | None = None) -> Influence:
         """Measure how much spans changed each later message and token, in nats per token.
 
-        The live text after the spans is scored on a prefill with them and on one without, which costs two prefills.
-        Messages that were answered from a wrong span still carry it after its erase; `erase(..., dependents=)` erases
-        them too.
+        Scores the live text after the spans on a prefill with them and on one without. Messages that repeat a wrong
+        span stay in the context when it is erased; `erase(..., dependents=)` erases them too.
 
         Args:
-            what: as of `erase`.
-            progress: called with tokens done and in all.
+            what: as for `erase`.
+            progress: called with the number of tokens done and the total.
 
         Raises:
-            SpanError: as of `erase`.
+            SpanError: as for `erase`.
             ContextLengthError: more live tokens than the backbone has positions.
         """
         self.state.check_idle()
@@ -430,11 +425,11 @@ class Session:
         return measure_influence(self.backbone, self.transcript, targets, progress)
 
     def _turn(self, influenced: MessageInfluence) -> Message:
-        """The selector of a whole message, or of its content where the template gives it no turn of its own."""
+        """Selects a whole message, or its content if the template gives it no turn of its own."""
         return Message(influenced.message, keep_turn=not self.transcript.messages[influenced.message].own_turn)
 
     def references(self, progress: Progress | None = None) -> References:
-        """Prefill the live tokens afresh, and all tokens, erased ones included: what audits compare with."""
+        """Prefill the references of an audit: the live tokens (exact), and all original tokens (unerased)."""
         return make_references(self.state, progress)
 
     def audit(
@@ -445,13 +440,14 @@ class Session:
         references: References | None = None,
         answer_tokens: int = ANSWER_TOKENS,
     ) -> Audit:
-        """Measure what the erases so far achieved, against exact recomputation; the last receipt carries the result.
+        """Measure fidelity and leaks of the edits so far against exact recomputation; stored in the last receipt too.
 
         Args:
-            probes: questions (texts probe influence) or `Probe`s; default: built from the spans and their surroundings.
-            secrets: texts that must not come out; default: numbers and names that only the erased text holds.
-            references: from `references()`, to use them for several audits of the same erase.
-            answer_tokens: most tokens of a greedy answer.
+            probes: questions (texts are influence probes) or `Probe`s; default: built from the spans and the text
+                around them.
+            secrets: texts that answers must not reveal; default: numbers and names that only the erased text contains.
+            references: from `references()`, to share them between audits of the same edit.
+            answer_tokens: maximum number of tokens of a greedy answer.
 
         Raises:
             SessionError: nothing has been erased.

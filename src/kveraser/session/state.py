@@ -1,4 +1,4 @@
-"""The state of a session: a transcript over a live cache, its receipts, and the steps that undo goes back to."""
+"""The state of a session: transcript, KV cache, receipts and undo history."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kveraser.text.tokenized import TokenizedText
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A session at a step, which undo goes back to.
+    """The session before a step, for undo.
 
     Attributes:
-        length: slots of the cache.
+        length: number of slots of the cache.
         transcript: a copy.
-        journal: of the edit that this step is; None for an append or a kept answer.
+        journal: undo journal of the step's edit; None for an append or a kept answer.
     """
 
     length: int
@@ -38,14 +38,14 @@ class Checkpoint:
 
 @dataclass
 class SessionState:
-    """Everything that a session consists of. Token indices of the cache are indices of the transcript.
+    """All state of a session. Token indices of the cache are indices of the transcript.
 
     Attributes:
-        options: how the chat template renders.
+        options: options for rendering with the chat template.
         turn_open: the context ends inside the user's turn, which a question continues.
-        receipts: of all erases, the last one last.
+        receipts: receipts of all edits, in order.
         history: a checkpoint for every step that can be undone.
-        streaming: an answer is being decoded, and no other call is taken.
+        streaming: an answer is being decoded; other calls are refused.
     """
 
     backbone: Backbone
@@ -73,11 +73,11 @@ class SessionState:
             raise SessionError("an answer is being streamed: exhaust or close its generator first, or fork before")
 
     def checkpoint(self) -> Checkpoint:
-        """The session as it is."""
+        """Returns a checkpoint of the current state."""
         return Checkpoint(self.cache.length, self.transcript.copy(), tuple(self.receipts), self.turn_open)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint. The cache's own edits must have been reverted."""
+        """Restore a checkpoint. Edits of the cache must have been reverted already."""
         if self.cache.length > checkpoint.length:
             self.cache.truncate(checkpoint.length)
         self.transcript = checkpoint.transcript.copy()
@@ -85,17 +85,17 @@ class SessionState:
         self.turn_open = checkpoint.turn_open
 
     def adopt(self, *texts: TokenizedText) -> None:
-        """Add texts whose tokens were appended to the cache, or are yet to be, to the transcript."""
+        """Append texts to the transcript; the caller appends their tokens to the cache."""
         for text in texts:
             base = len(self.transcript.text)
             self.transcript.append(text.text, text.tokens, text.offsets)
             self.transcript.messages += [chat.moved(message, base) for message in text.messages]
 
     def undo(self, steps: int) -> None:
-        """Take back the last `steps` steps; every bit is as it was.
+        """Undo the last `steps` steps; the cache is restored bit for bit.
 
         Raises:
-            SessionError: there are fewer; nothing is undone then.
+            SessionError: fewer steps can be undone; nothing changes.
         """
         self.check_idle()
         if not 1 <= steps <= len(self.history):
@@ -107,7 +107,7 @@ class SessionState:
             self.restore(checkpoint)
 
     def fork(self, cache: EditableCache | None = None) -> SessionState:
-        """An independent copy; it shares the journals that undo reverts, which are read only.
+        """Returns an independent copy, which shares the read-only undo journals.
 
         Args:
             cache: the copy's cache. Default: a copy of this one.

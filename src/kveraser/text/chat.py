@@ -1,6 +1,6 @@
-"""Contexts and questions as text: documents, conversations and what is added to them, by the model's chat template.
+"""Renders documents, conversations, appended messages and questions with the model's chat template.
 
-A text made here has special tokens in its user's words escaped; `kveraser.text.tokenized` reads them as text.
+Special tokens in user text are escaped, so that `kveraser.text.tokenized` reads them as text.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from kveraser.text.template import DEFAULT_OPTIONS, ChatMessage, ChatOptions, Pl
 from kveraser.text.tokenized import TokenizedText, check_characters, escaped, special_tokens, tokenize
 
 LEAD = "\u2063lead\u2063"
-"""A text that no template alters, for the message in front of the ones that are added to a conversation."""
+"""Placeholder content of the message before those that continue a conversation: text that no template alters."""
 
 PLAIN_QUESTION = "\n\nQuestion: {question}\nAnswer:"
-"""How a backbone without a chat template is asked."""
+"""Prompt for a backbone without a chat template."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The text around a user's words in a first turn: `opening`, the words, `closing`."""
+    """The template's text before (`opening`) and after (`closing`) the content of a first user turn."""
 
     opening: str
     closing: str
@@ -33,12 +33,12 @@ class Frame:
 def render_with_ranges(
     tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS
 ) -> tuple[str, list[MessageRange]]:
-    """The rendered conversation and where each message stands in it, in characters.
+    """Render a conversation; returns the text and the character ranges of its messages.
 
-    What the template puts in front of the first message (a default system prompt) belongs to no message.
+    Text that the template writes before the first message (a default system prompt) belongs to no message.
 
     Raises:
-        InputError: see `render`; also an empty conversation.
+        InputError: see `render`; also if there are no messages.
     """
     if not messages:
         raise InputError("the conversation is empty: give at least one message")
@@ -52,14 +52,14 @@ def continuation(
     generation_prompt: bool = False,
     options: ChatOptions = DEFAULT_OPTIONS,
 ) -> tuple[str, list[MessageRange]]:
-    """The text that more messages add to a conversation under way, and where each of them stands in that text.
+    """Render messages that continue a conversation; returns the added text and the message ranges in it.
 
     Args:
-        generation_prompt: add the opening of the reply as well.
-        options: of the conversation; its tools are described already.
+        generation_prompt: append the opening of the assistant's turn.
+        options: options of the conversation; its tools are not described again.
 
     Raises:
-        InputError: see `render`; also a template that gives what follows a turn no fixed form.
+        InputError: see `render`; also if the template changes earlier turns when messages follow.
     """
     if isinstance(messages, Sequence) and not messages:
         return "", []
@@ -85,7 +85,7 @@ def continuation(
 
 
 def moved(place: MessageRange, distance: int) -> MessageRange:
-    """A message's range, `distance` characters further on."""
+    """Shift a message's ranges by `distance` characters."""
     return replace(
         place,
         start=place.start + distance,
@@ -100,15 +100,15 @@ def moved(place: MessageRange, distance: int) -> MessageRange:
 def as_turn(
     tokenizer: Any, message: ChatMessage, generation_prompt: bool = False, options: ChatOptions = DEFAULT_OPTIONS
 ) -> str:
-    """The text that one more message adds to a conversation under way, and the opening of the reply if asked for."""
+    """Render one message that continues a conversation, optionally with the opening of the assistant's turn."""
     return continuation(tokenizer, [message], generation_prompt, options)[0]
 
 
 def first_turn_frame(tokenizer: Any, options: ChatOptions = DEFAULT_OPTIONS) -> Frame:
-    """The text around the words of a first user turn, so that a document can be prefilled and its turn left open.
+    """Returns the text around the content of a first user turn, for prefilling a document in an open turn.
 
     Raises:
-        InputError: the template does not show a user's words as they are.
+        InputError: the template alters the content.
     """
     opening, marker, closing = render(tokenizer, [{"role": "user", "content": CONTENT}], options).partition(CONTENT)
     if not marker:
@@ -117,15 +117,15 @@ def first_turn_frame(tokenizer: Any, options: ChatOptions = DEFAULT_OPTIONS) -> 
 
 
 def first_turn_start(tokenizer: Any, options: ChatOptions = DEFAULT_OPTIONS) -> int | None:
-    """Where the turn begins that `first_turn_frame` opens: behind a default system prompt. None: can't be told."""
+    """Returns the first character of the turn in `first_turn_frame`, after a default system prompt; None if unknown."""
     return RenderedChat(tokenizer, [{"role": "user", "content": CONTENT}], options).preamble
 
 
 def reply_opening(tokenizer: Any, options: ChatOptions = DEFAULT_OPTIONS) -> str:
-    """The text that opens an assistant's turn.
+    """Returns the text that opens an assistant's turn.
 
     Raises:
-        InputError: the template does not add it at the end.
+        InputError: the template's generation prompt is not at the end of the text.
     """
     message = [{"role": "user", "content": "a"}]
     asked, opened = render(tokenizer, message, options), render(tokenizer, message, options, generation_prompt=True)
@@ -135,7 +135,7 @@ def reply_opening(tokenizer: Any, options: ChatOptions = DEFAULT_OPTIONS) -> str
 
 
 def reply_closing(tokenizer: Any, options: ChatOptions = DEFAULT_OPTIONS) -> str:
-    """The text that closes an assistant's turn."""
+    """Returns the text that closes an assistant's turn."""
     return as_turn(tokenizer, {"role": "assistant", "content": CONTENT}, options=options).partition(CONTENT)[2]
 
 
@@ -146,16 +146,17 @@ def question_text(
     answer_prefix: str = "",
     options: ChatOptions = DEFAULT_OPTIONS,
 ) -> str:
-    """The text that asks `question`: in the open user turn, as a turn of its own, or plainly without a template.
+    """Render a question: in the open user turn, as a new turn, or with `PLAIN_QUESTION` without a template.
 
     Args:
-        answer_prefix: text that the assistant's turn begins with; the answer goes on from it.
+        turn_open: the context ends inside the user's turn.
+        answer_prefix: text at the beginning of the assistant's turn, which the answer continues.
 
     Raises:
-        InputError: the question is empty, or an answer prefix that is blank or has no assistant's turn to stand in.
+        InputError: the question is empty, or the answer prefix is blank or the model has no chat template for it.
     """
     if not isinstance(question, str) or not question.strip():
-        raise InputError(f"the question is empty or no text ({question!r}): give some words")
+        raise InputError(f"the question is empty or not a text ({question!r}): give some words")
     if answer_prefix and not answer_prefix.strip():
         raise InputError(f"the answer prefix is {answer_prefix!r}: give some words, or none")
     asked = _words(tokenizer, question, "the question", options)
@@ -174,29 +175,29 @@ def question_text(
 
 
 def answer_text(answer: str, answer_prefix: str) -> str:
-    """A forced answer as it stands behind its prefix: with a space between two words."""
-    apart = not answer_prefix or answer_prefix[-1].isspace() or answer[:1].isspace()
-    return answer if apart else f" {answer}"
+    """Returns a forced answer as it follows its prefix: separated by a space unless one of them has it."""
+    separated = not answer_prefix or answer_prefix[-1].isspace() or answer[:1].isspace()
+    return answer if separated else f" {answer}"
 
 
 def _words(tokenizer: Any, text: str, what: str, options: ChatOptions) -> str:
-    """A user's own text, its special tokens escaped unless they are allowed."""
+    """Check a user's text and escape special tokens in it unless they are allowed."""
     check_characters(text, what)
     words: str = text if options.allow_special else escaped(text, special_tokens(tokenizer))
     return words
 
 
-# With their tokens
+# Tokenized
 
 
 def document(tokenizer: Any, text: str, options: ChatOptions = DEFAULT_OPTIONS) -> TokenizedText:
-    """A text that a context begins with; with a chat template it stands in the first user turn, which stays open.
+    """Tokenize a document at the beginning of a context; with a chat template, in a first user turn that stays open.
 
     Raises:
-        InputError: empty, or half a character.
+        InputError: the text is empty or has a lone surrogate.
     """
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"the text is empty or no text ({text!r}): give the context to read")
+        raise InputError(f"the text is empty or not a text ({text!r}): give the context to read")
     templated = has_template(tokenizer)
     opening = first_turn_frame(tokenizer, options).opening if templated else ""
     words = _words(tokenizer, text, "the text", options)
@@ -206,7 +207,7 @@ def document(tokenizer: Any, text: str, options: ChatOptions = DEFAULT_OPTIONS) 
 def conversation(
     tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS
 ) -> TokenizedText:
-    """A conversation that a context begins with.
+    """Tokenize a conversation at the beginning of a context.
 
     Raises:
         InputError: see `render_with_ranges`.
@@ -219,10 +220,10 @@ def conversation(
 def added_messages(
     tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS
 ) -> TokenizedText:
-    """Messages that go on with a conversation.
+    """Tokenize messages that continue a conversation.
 
     Raises:
-        InputError: see `continuation`; also no message.
+        InputError: see `continuation`; also if there are no messages.
     """
     text, ranges = continuation(tokenizer, messages, options=options)
     if not text:
@@ -231,10 +232,10 @@ def added_messages(
 
 
 def added_text(tokenizer: Any, text: str, options: ChatOptions = DEFAULT_OPTIONS) -> TokenizedText:
-    """A user's text that goes on with a document.
+    """Tokenize text that continues a document.
 
     Raises:
-        InputError: no text, or half a character.
+        InputError: the text is empty or has a lone surrogate.
     """
     if not isinstance(text, str):
         raise InputError(f"the text is {text!r}: give the context to add")

@@ -1,9 +1,9 @@
-"""Where each message of a conversation stands in the text that the chat template makes of it.
+"""Locates each message of a conversation in the rendered chat template.
 
-Templates do more than concatenate: they trim, merge a system prompt into the first user turn, group tool results, drop
-earlier reasoning, refuse conversations. So nothing is assumed about them. Where a message stands is found by rendering
-the conversation with that message marked, ending there, and left out; what these don't agree on is not erasable as a
-turn.
+Templates do more than concatenate: they trim content, merge a system prompt into the first user turn, group tool
+results, drop earlier reasoning and refuse conversations. Message ranges are therefore found by rendering variants of
+the conversation: with a message's content marked, ending after the message, and without the message. A message on which
+the variants disagree can't be erased as a turn.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from kveraser.text.template import DEFAULT_OPTIONS, MARK, REASONING, ChatOptions
 from kveraser.text.tokenized import encode
 
 CONTENT = "\u2063content\u2063"
-"""A text that no template alters and no message contains: marks where content goes."""
+"""Placeholder content of a message: text that no template alters and no message contains."""
 
 BESIDE_CONTENT = ("tool_calls", *REASONING)
-"""What a message may say beside its content."""
+"""Fields of a message that templates render in addition to its content."""
 
 TRIES = 3
-"""How often the same kind of message is rendered anew where that does not tell where it ends."""
+"""Failed renderings after which no more are tried for the same kind of message."""
 
 Range = tuple[int, int]
 
 
 class RenderedChat:
-    """A rendered conversation that can be asked where its messages stand.
+    """A rendered conversation and the character ranges of its messages.
 
     Args:
-        messages: the messages, after `plain`.
-        start: where the message numbered `first` begins, when that is known.
+        messages: output of `plain`.
+        first: index of the first message to locate.
+        start: first character of message `first`, if known.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class RenderedChat:
         self.text = apply(tokenizer, messages, options)
 
     def ranges(self) -> list[MessageRange]:
-        """Where the messages from `first` on stand."""
+        """Returns the ranges of the messages from `first` on."""
         found = []
         for index, message in list(enumerate(self.messages))[self.first :]:
             turn, content = self._turn(index), self.contents[index] or (0, 0)
@@ -63,7 +64,9 @@ class RenderedChat:
         return found
 
     def _body(self, index: int, turn: Range | None) -> Range | None:
-        """Of a message with more than a content: all that stands between its turn's markers; None: can't be told."""
+        """Range between the role markers of a message with tool calls or reasoning; None if it has neither or the range
+        is unknown.
+        """
         message, end = self.messages[index], turn[1] if turn is not None else self.ends[index]
         if end is None or not any(message.get(field) for field in BESIDE_CONTENT):
             return None
@@ -78,7 +81,7 @@ class RenderedChat:
         earlier = self.messages[:index]
         bare = {name: value for name, value in self._marked(index).items() if name not in BESIDE_CONTENT}
         before, marker, closing = (self._render([*earlier, bare]) or "").partition(CONTENT)
-        # Templates that write empty reasoning open a reply without it.
+        # Some templates write an empty reasoning block, which the generation prompt does not have.
         openings = [before, self._render(earlier, generation_prompt=True) or ""]
         opening = next((one for one in openings if one and self.text.startswith(one)), None)
         if not marker or opening is None or not self.text.endswith(closing, 0, end):
@@ -90,11 +93,11 @@ class RenderedChat:
 
     @cached_property
     def _bodies(self) -> dict[tuple[Any, ...], tuple[str, str]]:
-        """What stands in a turn before and behind its body, for each pair of neighboring roles."""
+        """Text of a turn before and after its body, by `_neighbors`."""
         return {}
 
     def _render(self, messages: Sequence[Plain], generation_prompt: bool = False) -> str | None:
-        """The text of a variant of the conversation; None where the template refuses it."""
+        """Render a variant of the conversation; None if the template refuses it."""
         try:
             return apply(self.tokenizer, messages, self.options, generation_prompt) if messages else None
         except InputError:
@@ -105,33 +108,33 @@ class RenderedChat:
 
     @cached_property
     def contents(self) -> list[Range | None]:
-        """Where each message's content stands, as the template trims it; None where it has none or is altered."""
-        # A template may leave out parts of a content (earlier reasoning) or its outer spaces, but not write another.
+        """Range of each message's content, as trimmed by the template; None if it is empty or altered."""
+        # A template may drop parts of a content (earlier reasoning, outer spaces), but not rewrite it.
         return [
-            place if place is not None and whole and self.text[slice(*place)] in message["content"] else None
-            for message, (place, whole) in zip(self.messages, self._places, strict=True)
+            place if place is not None and exact and self.text[slice(*place)] in message["content"] else None
+            for message, (place, exact) in zip(self.messages, self._affected, strict=True)
         ]
 
     @cached_property
-    def _places(self) -> list[tuple[Range | None, bool]]:
-        """What changes with each message's content, and whether that is the content and nothing else."""
+    def _affected(self) -> list[tuple[Range | None, bool]]:
+        """Range that depends on each message's content, and whether it is the content alone."""
         found: list[tuple[Range | None, bool]] = [
             (place, True) if place is not None else (None, False) for place in self._aligned
         ]
         for index, message in enumerate(self.messages):
             if self._aligned[index] is None and message["content"].strip():
-                found[index] = self._place(index)
+                found[index] = self._affected_by(index)
         return found
 
     @cached_property
     def _aligned(self) -> list[Range | None]:
-        """Where contents stand, by one rendering with every content marked, compared with the text from both ends."""
+        """Ranges of contents, from one rendering with all contents marked, aligned with the text from both ends."""
         found: list[Range | None] = [None] * len(self.messages)
         marks = {index: f"\u2063{index}\u2063" for index, one in enumerate(self.messages) if one["content"].strip()}
         marked = self._render(
             [{**one, "content": marks.get(index, one["content"])} for index, one in enumerate(self.messages)]
         )
-        # Contents that stand in another order, twice or not at all are looked for one by one.
+        # Contents that are reordered, repeated or left out are located one by one.
         order = [int(number) for number in MARK.findall(marked or "")]
         if marked is None or order != list(marks):
             return found
@@ -165,7 +168,7 @@ class RenderedChat:
             found[index], place = (begins[0], place), begins[0] - len(literal)
         return found
 
-    def _place(self, index: int) -> tuple[Range | None, bool]:
+    def _affected_by(self, index: int) -> tuple[Range | None, bool]:
         marked = self._render([*self.messages[:index], self._marked(index), *self.messages[index + 1 :]])
         if marked is None or not self.messages[index]["content"].strip():
             return None, False
@@ -176,14 +179,14 @@ class RenderedChat:
         return self._changed(marked), False
 
     def _changed(self, other: str) -> Range | None:
-        """The part of the text that a variant has otherwise."""
+        """Range of the text that differs from a variant."""
         start = _common(self.text, other)
         end = len(self.text) - _common(self.text[::-1], other[::-1])
         return (start, max(start + 1, end)) if other != self.text else None
 
     @cached_property
     def _tools_place(self) -> Range | None:
-        """A part of the tool descriptions, which belong to no message."""
+        """Range within the tool descriptions, which belong to no message."""
         parameters: dict[str, Any] = {"type": "object", "properties": {}}
         extra = {"type": "function", "function": {"name": "a", "description": "b", "parameters": parameters}}
         try:
@@ -194,16 +197,16 @@ class RenderedChat:
 
     @cached_property
     def ends(self) -> list[int | None]:
-        """Where each turn ends, as far as rendering the conversation up to it tells."""
+        """End of each turn, from rendering the conversation up to it; None if unknown."""
         return [self._learned_end(index) for index in range(len(self.messages))]
 
     def _neighbors(self, index: int) -> tuple[Any, ...]:
-        """What messages have in common whose turns end alike: roles and calls of this and the next, and the first."""
+        """Key of messages whose turns have the same markers: roles and tool calls of this and the next message."""
         pair = self.messages[index : index + 2]
         return *((one["role"], bool(one.get("tool_calls"))) for one in pair), index == 0
 
     def _learned_end(self, index: int) -> int | None:
-        """As `_end`, which is asked only once for messages with the same text between them and the next."""
+        """As `_end`, but rendered once for all messages with the same markers."""
         if index == len(self.messages) - 1:
             return self._end(index)
         content, after, key = self.contents[index], self.contents[index + 1], self._neighbors(index)
@@ -230,12 +233,12 @@ class RenderedChat:
 
     @cached_property
     def _learned(self) -> dict[tuple[Any, ...], tuple[str | None, str | None]]:
-        """What closes a turn and what opens the next, for each pair of neighboring roles."""
+        """Text that closes a turn and text that opens the next one, by `_neighbors`."""
         return {}
 
     @cached_property
     def _failed(self) -> Counter[tuple[Any, ...]]:
-        """How often rendering up to a message did not tell where it ends, for each pair of neighboring roles."""
+        """Number of renderings that did not show where a message ends, by `_neighbors`."""
         return Counter()
 
     def _end(self, index: int) -> int | None:
@@ -244,7 +247,7 @@ class RenderedChat:
         part = self._render(self.messages[: index + 1])
         if part is not None and self.text.startswith(part):
             return len(part)
-        # Rewritten by what follows (reasoning dropped): the turn still ends as it would have ended the conversation.
+        # A later message can change this one (drop its reasoning), but not the text that closes its turn.
         content, marked = self.contents[index], self._render([*self.messages[:index], self._marked(index)])
         if content is None or marked is None or marked.count(CONTENT) != 1:
             return None
@@ -258,7 +261,7 @@ class RenderedChat:
 
     @cached_property
     def preamble(self) -> int | None:
-        """How many characters the template writes in front of the first message; None where that can't be told."""
+        """Number of characters that the template writes before the first message; None if unknown."""
         first, once = self.messages[0], self._render(self.messages[:1])
         for between in ([], [{"role": "assistant", "content": "a"}], [{"role": "user", "content": "a"}]):
             base, twice = self._render([first, *between]), self._render([first, *between, first])
@@ -268,13 +271,13 @@ class RenderedChat:
             if turn and once.endswith(turn) and self.text.startswith(once):
                 return len(once) - len(turn)
         marker = getattr(self.tokenizer, "bos_token", None) or ""
-        # One that opens the text and no turn.
+        # A BOS token that occurs once does not belong to a turn.
         return len(marker) if marker and self.text.startswith(marker) and self.text.count(marker) == 1 else None
 
     def _removable(self, index: int) -> tuple[int, int, int] | None:
-        """How rendering without a message relates to the text: the length of what goes, and its possible starts.
+        """Compare the text with a rendering without the message: number of removed characters, first and last start.
 
-        What goes may begin at several places when text repeats at its borders; removing it is the same from each.
+        The start is ambiguous if text repeats at the boundaries: removing from any of them gives the same text.
         """
         rest = self._render([*self.messages[:index], *self.messages[index + 1 :]])
         if rest is None or len(rest) >= len(self.text):
@@ -293,7 +296,7 @@ class RenderedChat:
         own, before = self.contents[index], self.contents[index - 1] if index > 0 else None
         if message.get("tool_calls"):
             own = None
-        # Turns alike begin and end alike, counted from a content of their own or of their neighbors.
+        # Turns with the same markers have the same distances to the nearest contents.
         low = own[0] if own is not None else before[1] if before is not None else None
         high = own[1] if own is not None else after[0] if after is not None else None
         if key in self._removed and low is not None and high is not None:
@@ -304,7 +307,7 @@ class RenderedChat:
             )
             if edges == self._removed[key][2:] and self._holds_only(index, *known):
                 return known
-        # The first message may share its turn with the template's own words: without it, those stay.
+        # The first turn may also hold the template's own text, which is still rendered without the message.
         removed = self._removable(index)
         if removed is None:
             return turn
@@ -313,7 +316,7 @@ class RenderedChat:
         least, most = max(least, last - length), min(most, first)
 
         def merit(place: int) -> tuple[bool, bool, int]:
-            """A turn's known border; no token cut; as much of the markers before the content as behind it."""
+            """Prefer a known boundary of the turn, then whole tokens, then equal margins around the content."""
             cut = place not in self._borders or place + length not in self._borders
             return place in (start, (end or 0) - length), not cut, min(first - place, place + length - last)
 
@@ -329,18 +332,18 @@ class RenderedChat:
 
     @cached_property
     def _removed(self) -> dict[tuple[Any, ...], tuple[int, int, str, str]]:
-        """Of turns found by leaving them out: distances to the nearest contents, and the text between."""
+        """For turns located by `_removable`: distances to the nearest contents and the text in between."""
         return {}
 
     @cached_property
     def _borders(self) -> set[int]:
-        """Where tokens begin or end."""
+        """Token boundaries, in characters."""
         return {border for offsets in encode(self.tokenizer, self.text)[1] for border in offsets}
 
     def _holds_only(self, index: int, start: int, end: int) -> bool:
-        """Whether `[start, end)` holds this message's content and nothing of the others'."""
-        own, _ = self._places[index]
-        others = [place for other, (place, _) in enumerate(self._places) if other != index]
+        """Whether `[start, end)` holds this message's content and none of another message or a tool description."""
+        own, _ = self._affected[index]
+        others = [place for other, (place, _) in enumerate(self._affected) if other != index]
         return (
             start < end
             and (own is None or (start <= own[0] and own[1] <= end))
@@ -349,5 +352,5 @@ class RenderedChat:
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
+    """Length of the common prefix of two texts."""
     return bisect_left(range(1, min(len(one), len(other)) + 1), True, key=lambda size: one[:size] != other[:size])

@@ -1,4 +1,4 @@
-"""From what a user can point at (text, pattern, characters, message, tool call) to spans of tokens."""
+"""Selectors (text, pattern, character range, message, tool call) and the token spans that they resolve to."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ class Span:
 
 @dataclass(frozen=True)
 class MessageRange:
-    """Where a chat message stands in the transcript, in characters: the whole turn, and its content alone.
+    """Character ranges of a chat message in the transcript.
 
-    The content range is empty where the message has no content, or the template shows it in another form. `own_turn`
-    is False where the template gives the message no turn of its own, such as a user turn that carries the system
-    prompt as well; `start` and `end` are then those of its content. The body is what stands between the turn's markers,
-    where that is more than the content: calls and reasoning. None: it is the content.
+    Attributes:
+        start, end: the whole turn, role markers included.
+        content_start, content_end: the content; empty if the message has none or the template alters it.
+        own_turn: False if the template merges the message into another turn, such as a system prompt into the first
+            user turn; `start` and `end` are then those of the content.
+        body_start, body_end: content, tool calls and reasoning, without role markers; None if the body is the content.
     """
 
     role: str
@@ -54,7 +56,7 @@ class MessageRange:
 
 @dataclass(frozen=True)
 class Place(Span):
-    """An empty range: the token or slot before which text is inserted."""
+    """An insertion point: an empty range before the token or slot `start`."""
 
     def __post_init__(self) -> None:
         if self.start != self.end:
@@ -63,20 +65,18 @@ class Place(Span):
 
 @dataclass
 class Transcript:
-    """Everything a session has read or said, in order.
+    """The text of a session with its tokens, erased ones included.
 
-    An erase marks tokens and changes no index. Inserted text moves the indices of the tokens, characters and messages
-    after it.
+    Erasing only clears `live`, so indices do not change. Inserting text shifts the indices after it.
 
     Attributes:
         text: all text, special tokens included as text.
         tokens: token ids.
-        offsets: for every token its `(start, end)` in `text`, in characters; both non-decreasing.
-        live: for every token whether it has not been erased.
-        inserted: for every token whether an edit put it in: the text before all edits is without those.
+        offsets: `(start, end)` of every token in `text`, in characters; both non-decreasing.
+        live: for every token, whether it has not been erased.
+        inserted: for every token, whether an edit inserted it.
         messages: the chat messages, in order.
-        body_start: where the user's own text begins, in characters; what a chat template puts in front of it is
-            neither searched nor counted.
+        body_start: first character of the user's own text. Selectors ignore what the chat template writes before it.
     """
 
     text: str = ""
@@ -88,7 +88,7 @@ class Transcript:
     body_start: int = 0
 
     def append(self, text: str, tokens: Sequence[int], offsets: Sequence[tuple[int, int]]) -> None:
-        """Append `text` with its tokens; `offsets` count from the beginning of `text`."""
+        """Append `text` with its tokens; `offsets` are relative to `text`."""
         base = len(self.text)
         self.text += text
         self.tokens += tokens
@@ -102,9 +102,8 @@ class Transcript:
         """Insert `text` with its tokens before token `index`.
 
         Args:
-            offsets: of the tokens in `text`.
-            replaced: how many tokens before `index` the text takes the place of; a message that ends with them ends
-                with the text.
+            offsets: character ranges of the tokens, relative to `text`.
+            replaced: number of tokens before `index` that the text replaces; it is inserted into their message.
         """
         place = self.offsets[index - 1][1] if index else 0
         anchor = self.offsets[index - replaced][0] if replaced else place
@@ -130,11 +129,11 @@ class Transcript:
 
     @property
     def original(self) -> list[int]:
-        """Ids of the tokens before all edits: erased ones included, inserted ones not."""
+        """Token ids before all edits: with erased tokens, without inserted ones."""
         return [token for token, inserted in zip(self.tokens, self.inserted, strict=True) if not inserted]
 
     def truncate(self, tokens: int, characters: int, messages: int) -> None:
-        """Go back to an earlier length."""
+        """Truncate to the given numbers of tokens, characters and messages."""
         self.text = self.text[:characters]
         del self.tokens[tokens:], self.offsets[tokens:], self.live[tokens:], self.inserted[tokens:]
         del self.messages[messages:]
@@ -154,10 +153,10 @@ class Transcript:
         return self.text[self.offsets[span.start][0] : self.offsets[span.end - 1][1]]
 
     def snap(self, start: int, end: int) -> Span:
-        """The tokens that characters `[start, end)` touch: the range snapped outwards to whole tokens.
+        """Returns the tokens that overlap the characters `[start, end)`, snapped outwards to whole tokens.
 
         Raises:
-            SpanError: empty, or outside the text.
+            SpanError: the range is empty or outside the text.
         """
         if start >= end:
             raise SpanError(f"the characters [{start}, {end}) are an empty span: give at least one character to erase")
@@ -167,7 +166,7 @@ class Transcript:
             )
         first = bisect_right(self.offsets, start, key=lambda offset: offset[1])
         last = bisect_left(self.offsets, end, key=lambda offset: offset[0])
-        # Zero-width tokens (a BOS before the text) stand at a boundary; they belong to no character.
+        # Skip zero-width tokens, such as a BOS token before the text.
         while first < last and self.offsets[first][0] == self.offsets[first][1]:
             first += 1
         if first >= last:
@@ -175,19 +174,19 @@ class Transcript:
         return Span(first, last)
 
     def occurrences(self, found: Iterable[tuple[int, int]]) -> list[tuple[tuple[int, int], Span]]:
-        """Of the character ranges `found`, those of which every token is live, with their tokens."""
+        """Filter the character ranges in `found` to those whose tokens are all live, with their token spans."""
         spans = [((start, end), self.snap(start, end)) for start, end in found if end > start]
         return [(characters, span) for characters, span in spans if all(self.live[span.start : span.end])]
 
 
 class Selector(Protocol):
-    """Something that points at a part of a transcript."""
+    """Selects parts of a transcript."""
 
     def resolve(self, transcript: Transcript) -> list[Span]:
-        """The tokens it points at.
+        """Returns the selected token spans.
 
         Raises:
-            SpanError: it points at nothing, outside the context, or at what is erased already.
+            SpanError: nothing matches, the range is outside the context, or the match is erased already.
         """
         ...
 
@@ -215,7 +214,7 @@ class Tokens:
 class Characters:
     """Characters `[start, end)`, snapped outwards to whole tokens.
 
-    They count from where the user's own text begins, and erased characters count on: what stood at 120 stays at 120.
+    Counted from the beginning of the user's own text, erased characters included.
     """
 
     start: int
@@ -240,7 +239,7 @@ class Characters:
 
 @dataclass(frozen=True)
 class Text:
-    """An exact text. When it occurs several times, `occurrence` (from 1) says which."""
+    """An exact text. `occurrence`, from 1, is required if it occurs more than once."""
 
     text: str
     occurrence: int | None = None
@@ -251,12 +250,12 @@ class Text:
     def resolve(self, transcript: Transcript) -> list[Span]:
         if not self.text:
             raise SpanError("the text to erase is empty: give the words to erase")
-        places = list(_places(transcript.text, self.text, transcript.body_start))
-        if not places:
-            places = list(_equivalents(transcript.text, self.text, transcript.body_start))
-        live = transcript.occurrences(places)
+        matches = list(_find_all(transcript.text, self.text, transcript.body_start))
+        if not matches:
+            matches = list(_find_equivalent(transcript.text, self.text, transcript.body_start))
+        live = transcript.occurrences(matches)
         if not live:
-            raise SpanError(_not_found(transcript.text[transcript.body_start :], self.text, erased=bool(places)))
+            raise SpanError(_not_found(transcript.text[transcript.body_start :], self.text, erased=bool(matches)))
         if self.occurrence is None and len(live) > 1:
             base = transcript.body_start
             shown = [
@@ -271,7 +270,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A regular expression: every match, or the one numbered `occurrence` (from 1)."""
+    """A regular expression: all matches, or only match number `occurrence`, from 1."""
 
     pattern: str
     occurrence: int | None = None
@@ -303,11 +302,10 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Message:
-    """A chat message by its index in the conversation; negative counts from the end.
+    """A chat message by its index in the conversation; negative indices count from the end.
 
-    The whole turn goes, role markers included: the exact reference is then the conversation in which the message was
-    never sent. With `keep_turn` all that it says goes, calls and reasoning as well, and an empty turn stays, for
-    templates or callers that insist on a reply in that place; the model can then tell that something was there.
+    Selects the whole turn with its role markers, so the exact reference is the conversation without the message. With
+    `keep_turn`, the role markers stay and only content, tool calls and reasoning are selected.
     """
 
     index: int
@@ -328,7 +326,7 @@ class Message:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """The result of a tool call, by the call's id; the request stays. `keep_turn` as for `Message`."""
+    """The result of a tool call, by the id of the call; the call itself stays. `keep_turn` as for `Message`."""
 
     tool_call_id: str
     keep_turn: bool = False
@@ -344,21 +342,21 @@ class ToolCall:
             raise SpanError(f"no result of a tool call {self.tool_call_id!r}: the conversation has {listed}")
         if len(found) > 1:
             raise SpanError(
-                f"the tool call id {self.tool_call_id!r} stands in messages {', '.join(map(str, found))}: "
+                f"the tool call id {self.tool_call_id!r} occurs in messages {', '.join(map(str, found))}: "
                 "say which with Message(index)"
             )
         return [_message_span(transcript, found[0], self.keep_turn)]
 
 
 Erasable: TypeAlias = "str | Selector | Sequence[str | Selector]"
-"""What can be erased: a selector, a text, or several of them at once."""
+"""A selector, a text, or a sequence of them."""
 
 
 def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
-    """The spans of live tokens that `what` points at, in order, merged where they overlap or touch.
+    """Returns the token spans that `what` selects, in order; overlapping and adjacent spans are merged.
 
     Raises:
-        SpanError: see the selectors; also when everything is erased already, or nothing would remain.
+        SpanError: see the selectors; also if a span is erased already or nothing would remain.
     """
     selectors = [what] if isinstance(what, str) or not isinstance(what, Sequence) else list(what)
     if not selectors:
@@ -374,7 +372,7 @@ def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
                 raise SpanError(f"{_shorten(transcript.text_of(span))!r} is erased already")
             spans.append(span)
     erased = {token for span in merge(spans) for token in range(span.start, span.end)}
-    # A beginning-of-text marker, of zero width, and what a template puts in front are no context.
+    # A BOS token and the template's text before the first message do not count as context.
     if not any(
         live and token not in erased and transcript.offsets[token][1] > transcript.body_start
         for token, live in enumerate(transcript.live)
@@ -384,12 +382,12 @@ def resolve(transcript: Transcript, what: Erasable) -> list[Span]:
 
 
 def in_turn(selector: Selector) -> Selector:
-    """The selector of what a message says, its turn kept, where `selector` is of a message."""
+    """Set `keep_turn` on a selector of a message or tool result; other selectors are returned unchanged."""
     return replace(selector, keep_turn=True) if isinstance(selector, Message | ToolCall) else selector
 
 
 def margins(transcript: Transcript, selector: Selector, span: Span) -> tuple[str, str]:
-    """The characters of `span` before and after those that the selector names, which snapping added."""
+    """Returns the text that snapping to whole tokens added before and after the selected characters."""
     text = transcript.text_of(span)
     if isinstance(selector, Text):
         start = text.find(selector.text)
@@ -406,12 +404,13 @@ def margins(transcript: Transcript, selector: Selector, span: Span) -> tuple[str
 
 
 def replacements(transcript: Transcript, what: Erasable, text: str) -> list[tuple[Span, str]]:
-    """The spans that `what` points at, in order, each with the text that takes its place.
+    """Returns the token spans that `what` selects, in order, each with its replacement text.
 
-    That is `text`, with what snapping to whole tokens added to the span. Of a message only the content is replaced.
+    The replacement is `text`, between the characters that snapping to whole tokens added. Role markers of messages are
+    kept.
 
     Raises:
-        SpanError: as of `resolve`.
+        SpanError: see `resolve`.
     """
     found = []
     for one in [what] if isinstance(what, str) or not isinstance(what, Sequence) else what:
@@ -423,10 +422,10 @@ def replacements(transcript: Transcript, what: Erasable, text: str) -> list[tupl
 
 
 def place_of(transcript: Transcript, position: int) -> Place:
-    """The token before which a text at character `position`, counted as by `Characters`, is inserted.
+    """Returns the insertion point at character `position`, counted as in `Characters`.
 
     Raises:
-        SpanError: outside the context, or inside a token.
+        SpanError: the position is outside the context or inside a token.
     """
     character, length = transcript.body_start + position, len(transcript.text)
     if not transcript.body_start <= character <= length:
@@ -442,7 +441,7 @@ def place_of(transcript: Transcript, position: int) -> Place:
 
 
 def merge(spans: Iterable[Span]) -> list[Span]:
-    """Spans in order, joined where they overlap or touch."""
+    """Sort spans and merge those that overlap or are adjacent."""
     merged: list[Span] = []
     for span in sorted(spans):
         if merged and span.start <= merged[-1].end:
@@ -453,11 +452,13 @@ def merge(spans: Iterable[Span]) -> list[Span]:
 
 
 def selector_from_json(value: Any) -> Selector:
-    """A selector as case files write it: a text, `[start, end]` in characters, or an object such as `{"message": 3}`
-    or `{"tokens": [12, 40]}`.
+    """Parse a selector of a case file.
+
+    Args:
+        value: a text, `[start, end]` in characters, or an object such as `{"message": 3}` or `{"tokens": [12, 40]}`.
 
     Raises:
-        SpanError: none of these forms.
+        SpanError: the value has another form.
     """
     if isinstance(value, str):
         return Text(value)
@@ -482,7 +483,7 @@ def selector_from_json(value: Any) -> Selector:
 
 
 def _check(selector: Any, **kinds: Any) -> None:
-    """Refuse fields of the wrong type before they point at the wrong place."""
+    """Check the types of a selector's fields."""
     names = {Integral: "a whole number", str: "a text", bool: "True or False"}
     for name, kind in kinds.items():
         value = getattr(selector, name)
@@ -492,24 +493,24 @@ def _check(selector: Any, **kinds: Any) -> None:
             continue
         if not isinstance(value, wanted) or (wanted is Integral and isinstance(value, bool)):
             shown = _shorten(repr(value), 200)
-            raise SpanError(f"{type(selector).__name__}: {name} is {shown}, but it is {names[wanted]}")
+            raise SpanError(f"{type(selector).__name__}: {name} is {shown}: give {names[wanted]}")
 
 
-def _places(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
+def _find_all(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
     start = text.find(wanted, begin)
     while start >= 0:
         yield start, start + len(wanted)
         start = text.find(wanted, start + 1)
 
 
-def _equivalents(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
-    """Places where `wanted` stands with its accents written in another way (Unicode's canonical equivalence)."""
+def _find_equivalent(text: str, wanted: str, begin: int) -> Iterable[tuple[int, int]]:
+    """Find canonically equivalent text: the same characters with accents composed in another way (Unicode NFD)."""
     if text.isascii() or wanted.isascii():
         return
     pieces = [unicodedata.normalize("NFD", character) for character in text]
     origins = [index for index, piece in enumerate(pieces) for _ in piece]
     decomposed, sought = "".join(pieces), unicodedata.normalize("NFD", wanted)
-    for start, end in _places(decomposed, sought, bisect_left(origins, begin)):
+    for start, end in _find_all(decomposed, sought, bisect_left(origins, begin)):
         inside = start > 0 and origins[start - 1] == origins[start]
         accented = end < len(decomposed) and unicodedata.combining(decomposed[end])
         if not (inside or accented):
@@ -523,7 +524,7 @@ def _not_found(text: str, wanted: str, erased: bool) -> str:
     loose = re.search(r"\s+".join(map(re.escape, wanted.split())), text, re.IGNORECASE) if wanted.strip() else None
     if loose is not None:
         return f"{shown} is not in the context; letters or spaces differ in {_shorten(loose.group())!r}"
-    return f"{shown} is not in the context: give the text exactly as it stands there"
+    return f"{shown} is not in the context: give the exact text"
 
 
 def _message_span(transcript: Transcript, index: int, keep_turn: bool) -> Span:
@@ -540,14 +541,14 @@ def _message_span(transcript: Transcript, index: int, keep_turn: bool) -> Span:
         return transcript.snap(message.body_start, message.body_end)
     if not has_content:
         raise SpanError(
-            f"message {index} ({message.role}) has no content that stands in the context as it was given: "
+            f"message {index} ({message.role}) has no content, or the chat template alters it: "
             + ("erase the whole turn" if message.own_turn else "erase it by text")
         )
     return transcript.snap(message.content_start, message.content_end)
 
 
 def _widened(message: MessageRange, anchor: int, place: int, size: int) -> MessageRange:
-    """A message after `size` characters were inserted at `place` in the message that holds the character `anchor`."""
+    """Shift a message's ranges for `size` characters inserted at `place`; ranges that hold `anchor` grow instead."""
 
     def moved(start: int | None, end: int | None) -> tuple[int | None, int | None]:
         if start is None or end is None:

@@ -1,4 +1,4 @@
-"""The tokenizer's chat template: messages in a form that every template takes, and the text it makes of them."""
+"""Chat templates: normalizes messages and renders them to text."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from kveraser.errors import InputError
 from kveraser.text.tokenized import check_characters, escaped, special_tokens
 
 ChatMessage = Mapping[str, Any]
-"""`{"role", "content"}`, and for tools `tool_calls` or `tool_call_id`, as the OpenAI chat format has them."""
+"""An OpenAI chat message: `role` and `content`, with `tool_calls` or `tool_call_id` for tools."""
 
 Plain = dict[str, Any]
-"""A message as `plain` leaves it."""
+"""A message normalized by `plain`."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names that templates and clients have for an assistant's reasoning."""
+"""Field names that templates and clients use for an assistant's reasoning."""
 
 MARK = re.compile("\u2063([0-9]+)\u2063")
-"""What marks the place of every content at once: no template alters it."""
+"""Numbered placeholder of a content or tool name: text that no template alters."""
 
-TELLS_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none")
-"""In templates that tell a missing content from an empty one: beside calls they expect a missing one."""
+DISTINGUISHES_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none")
+"""Matches templates that distinguish a missing content from an empty one: with tool calls they expect it missing."""
 
 NAMED_MARKERS = 4
-"""Special tokens in messages that are warned of, at most: clients limit the size of headers."""
+"""Maximum number of special tokens in messages that are warned about: they are sent in HTTP headers."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What a conversation is rendered with beside its messages.
+    """Options for rendering a conversation.
 
     Attributes:
         tools: tool descriptions.
         variables: further variables of the chat template, such as `enable_thinking`.
-        allow_special: special tokens in messages and tools act as control tokens; otherwise they are read as text.
+        allow_special: treat special tokens in messages and tools as control tokens instead of text.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -52,12 +52,12 @@ DEFAULT_OPTIONS = ChatOptions()
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer comes with a chat template."""
+    """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def mentions(tokenizer: Any, name: str) -> bool:
-    """Whether the chat template names a variable or field."""
+    """Whether the chat template uses the variable or field `name`."""
     return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)) is not None
 
 
@@ -67,29 +67,28 @@ def render(
     options: ChatOptions = DEFAULT_OPTIONS,
     generation_prompt: bool = False,
 ) -> str:
-    """The text of `messages` by the tokenizer's template, with special tokens in them escaped (`tokenized.escaped`).
+    """Normalize and render `messages`; special tokens in them are escaped (`tokenized.escaped`).
 
     Raises:
-        InputError: a message of the wrong form, no template, or the template refuses the conversation or leaves out
-            a message.
+        InputError: no template, an invalid message, or the template refuses the conversation or drops a message.
     """
     return apply(tokenizer, plain(tokenizer, messages, options), options, generation_prompt)
 
 
 def apply(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, generation_prompt: bool = False) -> str:
-    """The text of messages that are plain already.
+    """Render messages that are normalized already.
 
     Raises:
-        InputError: the template refuses them.
+        InputError: the template refuses the conversation.
     """
     try:
         return _applied(tokenizer, messages, options, generation_prompt)
     except Exception as error:
-        # Some templates join arguments to text: those take them as JSON text.
-        written = [_with_written_arguments(message) for message in messages]
+        # Some templates concatenate arguments with strings, so they need JSON text instead of an object.
+        serialized = [_with_json_arguments(message) for message in messages]
         with suppress(Exception):
-            if written != list(messages):
-                return _applied(tokenizer, written, options, generation_prompt)
+            if serialized != list(messages):
+                return _applied(tokenizer, serialized, options, generation_prompt)
         raise InputError(f"the backbone's chat template refuses this conversation: {error}") from error
 
 
@@ -98,7 +97,7 @@ def _applied(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, ge
     if (tools or variables) and not options.allow_special:
         tools, variables = escaped([tools, variables], special_tokens(tokenizer))
     conversation = list(messages)
-    if TELLS_NONE.search(str(tokenizer.chat_template)):
+    if DISTINGUISHES_NONE.search(str(tokenizer.chat_template)):
         conversation = [
             {**one, "content": None} if one.get("tool_calls") and not one["content"] else one for one in conversation
         ]
@@ -108,17 +107,17 @@ def _applied(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, ge
     return rendered
 
 
-def _with_written_arguments(message: Plain) -> Plain:
-    """The message with the arguments of its calls as JSON text."""
+def _with_json_arguments(message: Plain) -> Plain:
+    """Serialize the arguments of a message's tool calls to JSON text."""
     calls = []
     for call in message.get("tool_calls", ()):
         function = call.get("function", call)
-        written = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
-        calls.append({**call, "function": written} if "function" in call else written)
+        serialized = {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+        calls.append({**call, "function": serialized} if "function" in call else serialized)
     return {**message, "tool_calls": calls} if calls else message
 
 
-# Messages as templates take them
+# Normalized messages
 
 
 def plain(
@@ -127,19 +126,19 @@ def plain(
     options: ChatOptions = DEFAULT_OPTIONS,
     lead: Sequence[Plain] = (),
 ) -> list[Plain]:
-    """The messages as templates take them: content a text, tool calls with parsed arguments, nothing empty.
+    """Normalize messages for the chat template: text content, parsed tool call arguments, no empty fields.
 
-    A legacy `function_call` becomes a tool call, reasoning gets the name that the template has for it, and a
-    developer's message is the system's where the template names no developer. What the template leaves out is written
-    out: the system's message as the user's, a tool's as the user's between `<tool_response>` markers, calls behind the
-    content of their message.
+    A legacy `function_call` becomes a tool call, reasoning is stored under the field names that the template uses, and
+    the role `developer` becomes `system` unless the template supports it. Messages that the template would drop are
+    rewritten: system messages as user messages, tool results as user messages in `<tool_response>` markers, tool calls
+    as text after the content.
 
     Args:
-        lead: plain messages in front of these.
+        lead: normalized messages that precede these.
 
     Raises:
-        InputError: no template, a message of the wrong form, a reserved template variable, or a message whose content
-            the template leaves out all the same.
+        InputError: no template, an invalid message, a reserved template variable, or a message that the template drops
+            even when rewritten.
     """
     if not has_template(tokenizer):
         raise InputError("the backbone's tokenizer has no chat template: pass the context as text instead of messages")
@@ -147,7 +146,7 @@ def plain(
         raise InputError(f"messages is {messages!r}: give a list of messages, each with a role and content")
     reserved = sorted(_reserved(tokenizer) & set(options.variables)) if options.variables else []
     if reserved:
-        raise InputError(f"{reserved[0]} is no variable that a chat template can be given: leave it out")
+        raise InputError(f"{reserved[0]} is a reserved name and can't be a template variable: leave it out")
     read = [_plain_message(tokenizer, index, message) for index, message in enumerate(messages)]
     if not options.allow_special:
         markers = special_tokens(tokenizer)
@@ -158,7 +157,7 @@ def plain(
             read = [_written_out(one) if index in lost else one for index, one in enumerate(read)]
             left = _lost(tokenizer, read, options, lead)
             if left is None:
-                # A result without its call is refused: all of them are written out then.
+                # Templates refuse a tool result without its call, so rewrite both.
                 tools = [one["role"] == "tool" or bool(one.get("tool_calls")) for one in read]
                 read = [_written_out(one) if of_tool else one for one, of_tool in zip(read, tools, strict=True)]
                 left = _lost(tokenizer, read, options, lead)
@@ -172,15 +171,12 @@ def plain(
 
 
 def _reserved(tokenizer: Any) -> frozenset[str]:
-    """Names that `apply_chat_template` and templates have for other things than variables."""
+    """Parameters of `apply_chat_template` and names that it passes to templates itself."""
     return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages", "conversation"}
 
 
 def _lost(tokenizer: Any, messages: Sequence[Plain], options: ChatOptions, lead: Sequence[Plain]) -> list[int] | None:
-    """Which messages have a content or a call that the template does not write, by a rendering with all marked.
-
-    None: the template refuses the conversation.
-    """
+    """Returns the indices of messages whose content or tool calls the template drops; None if it refuses them all."""
     numbers = count()
     wanted: list[set[str]] = []
 
@@ -208,7 +204,7 @@ def _renamed(call: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _written_out(message: Plain) -> Plain:
-    """A message in another form, for a template that leaves it out in this one."""
+    """Rewrite a message that the template drops as one that it renders."""
     content = message["content"]
     if message.get("tool_calls"):
         functions = [call.get("function", call) for call in message["tool_calls"]]
@@ -222,7 +218,7 @@ def _written_out(message: Plain) -> Plain:
 
 
 def _call_text(function: Mapping[str, Any]) -> str:
-    """A call in the widespread form of Hermes."""
+    """Write a tool call as text in the Hermes format."""
     call = {"name": function["name"], "arguments": function.get("arguments", {})}
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
 
@@ -247,12 +243,12 @@ def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
         calls = [{"type": "function", "function": message["function_call"]}]
     if content is None and not calls:
         raise InputError(f"message {index} ({message['role']}) has neither content nor tool_calls")
-    # Templates tell an absent field from an empty one; clients that write every field mean absent.
+    # Templates distinguish missing from null fields; clients that send null mean missing.
     left_out = {"tool_calls", "function_call", *REASONING}
     cleaned = {name: value for name, value in message.items() if value is not None and name not in left_out}
     cleaned["role"] = "tool" if message["role"] == "function" else message["role"]
     if message["role"] == "developer" and not mentions(tokenizer, "developer"):
-        # A template that prints any role would print one that its model has never seen.
+        # A template that renders any role would render one that the model was not trained on.
         cleaned["role"] = "system"
     cleaned["content"] = content or ""
     check_characters(cleaned["content"], f"message {index}")
@@ -275,9 +271,9 @@ def _plain_message(tokenizer: Any, index: int, message: ChatMessage) -> Plain:
 
 
 def reasoning_fields(tokenizer: Any) -> list[str]:
-    """The names that the template has for an assistant's reasoning."""
+    """The fields from which the template reads an assistant's reasoning."""
     template = str(tokenizer.chat_template)
-    # As fields of a message: `reasoning` alone is also a word of prompts.
+    # Match fields of a message only: prompts contain the word `reasoning` too.
     return [name for name in REASONING if re.search(rf"\.{name}\b|['\"]{name}['\"]", template)]
 
 
@@ -287,18 +283,18 @@ def _function(index: int, call: Any) -> dict[str, Any]:
         raise InputError(f"message {index} has a tool call {call!r}: give it a function with name and arguments")
     arguments = function.get("arguments", {})
     try:
-        # The OpenAI format has arguments as JSON text; templates write them as JSON themselves.
+        # In the OpenAI format arguments are JSON text; templates serialize them themselves.
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError as error:
         raise InputError(f"message {index} has tool call arguments that are not JSON: {arguments!r}") from error
     return {"name": function["name"], "arguments": arguments}
 
 
-# What has no effect
+# Warnings
 
 
 def notices(tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[str]:
-    """What of a conversation the template has no use for, and special tokens in it, in sentences."""
+    """Returns warnings about parts of a conversation that the template ignores, and about special tokens in it."""
     said = [
         f"the chat template has no variable {name}, so it has no effect"
         for name in options.variables
@@ -315,7 +311,7 @@ def notices(tokenizer: Any, messages: Sequence[ChatMessage], options: ChatOption
 
 
 def special_notices(tokenizer: Any, texts: Mapping[str, Any], allow_special: bool) -> list[str]:
-    """Which special tokens `texts` have, named once each with the key of the first one; at most the first few."""
+    """Returns a warning for each special token in `texts` (at most `NAMED_MARKERS`), naming the first key it is in."""
     found: dict[str, str] = {}
     markers = special_tokens(tokenizer)
     for name, value in texts.items():

@@ -1,4 +1,4 @@
-"""Text as a model reads it: token ids with their places in it, and special tokens in a user's words read as text."""
+"""Tokenization with character offsets; special tokens in user text are read as text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kveraser.errors import InputError
 from kveraser.text.spans import MessageRange
 
 _ESCAPED = 0x10F000
-"""While a text is rendered, the private character this far behind another one stands for it."""
+"""Offset of the private-use code points that replace escaped characters while a text is rendered."""
 
 _ESCAPABLE = 0x400
-"""Characters below this can be escaped."""
+"""Code points below this can be escaped."""
 
 _ESCAPES = re.compile(f"[{chr(_ESCAPED)}-{chr(_ESCAPED + _ESCAPABLE - 1)}]")
 
@@ -28,11 +28,11 @@ class TokenizedText:
     """Text with its tokens.
 
     Attributes:
-        text: what the chat template made of messages, or the user's own text.
-        tokens: ids of it.
+        text: rendered messages, or the user's own text.
+        tokens: token ids.
         offsets: `(start, end)` of every token in `text`, in characters; both non-decreasing.
-        messages: where messages stand in `text`.
-        body_start: where the first message's or the user's own words begin in `text`.
+        messages: ranges of the messages in `text`.
+        body_start: first character in `text` of the first message or the user's own text.
     """
 
     text: str
@@ -42,26 +42,26 @@ class TokenizedText:
     body_start: int = 0
 
 
-# Special tokens in a user's words
+# Special tokens in user text
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """The texts that the tokenizer reads as control tokens, the longest first."""
+    """Returns the texts that the tokenizer reads as control tokens, longest first."""
     texts = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(texts, key=len, reverse=True)
 
 
 def check_characters(text: str, what: str) -> None:
-    """Refuse text that no tokenizer takes.
+    """Check that a text can be tokenized.
 
     Raises:
-        InputError: half a character (a lone surrogate), or a private character that `escaped` needs.
+        InputError: the text has a lone surrogate, or a private-use character that `escaped` needs.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what} has half a character at {error.start} ({text[error.start]!r}): repair or leave it out"
+            f"{what} has a lone surrogate at {error.start} ({text[error.start]!r}): repair or leave it out"
         ) from error
     reserved = _ESCAPES.search(text)
     if reserved is not None:
@@ -72,11 +72,11 @@ def check_characters(text: str, what: str) -> None:
 
 
 def escaped(value: Any, markers: Sequence[str]) -> Any:
-    """`value` with every special token in its texts escaped: `tokenize` reads it as text, of the same length.
+    """Escape special tokens in `value`, so that `tokenize` reads them as text. Lengths do not change.
 
     Args:
-        value: a text, or lists and mappings with texts somewhere in them.
-        markers: see `special_tokens`. Of one character they can't be escaped.
+        value: a text, or nested lists and mappings with texts.
+        markers: see `special_tokens`; those of a single character can't be escaped.
     """
     if isinstance(value, Mapping):
         return {escaped(key, markers): escaped(item, markers) for key, item in value.items()}
@@ -92,7 +92,7 @@ def escaped(value: Any, markers: Sequence[str]) -> Any:
 
 
 def unescaped(text: str) -> str:
-    """The text as the user gave it and the model reads it."""
+    """Undo `escaped`: returns the text as the user gave it and the model reads it."""
     return _ESCAPES.sub(lambda found: chr(ord(found[0]) - _ESCAPED), text)
 
 
@@ -107,10 +107,10 @@ def tokenize(
     messages: Sequence[MessageRange] = (),
     body_start: int = 0,
 ) -> TokenizedText:
-    """Text, which may be escaped, with its tokens; arguments as of `encode` and `TokenizedText`.
+    """Tokenize a text, which may be escaped; for the arguments see `encode` and `TokenizedText`.
 
     Raises:
-        InputError: half a character.
+        InputError: the text has a lone surrogate.
     """
     plain = unescaped(text)
     check_characters(plain, "the text")
@@ -121,16 +121,16 @@ def tokenize(
 def encode(
     tokenizer: Any, text: str, special: bool = False, follows: bool = False
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of `text` and the `(start, end)` of each in it, in characters; together they cover all of it.
+    """Returns the token ids of `text` and their `(start, end)` offsets in characters, which cover all of `text`.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        text: may be `escaped`: special tokens in it that are, are read as text.
-        special: put the tokenizer's own beginning-of-text marker in front, if it uses one. Never an end marker,
-            which would end a text that goes on. A text that begins with the marker gets no second one.
-        follows: the text goes on with another, so it gets no space in front that it does not have.
+        text: may be `escaped`; escaped special tokens are read as text.
+        special: prepend the BOS token if the tokenizer uses one and the text does not begin with it. No EOS token is
+            added.
+        follows: the text continues another one, so no space is prepended.
     """
-    # A special token that is cut in two is none any more.
+    # Tokenizing the two parts of a special token separately makes it ordinary text.
     cuts = [0, *(escape.end() for escape in _ESCAPES.finditer(text)), len(text)]
     tokens, offsets = list[int](), list[tuple[int, int]]()
     for start, end in pairwise(cuts):
@@ -147,12 +147,12 @@ def _encode(tokenizer: Any, text: str, special: bool, follows: bool) -> tuple[li
     tokens, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
     unprefixed = _without_prefix(tokenizer) if follows else None
     if unprefixed is not None:
-        # What stands behind a special token is read as in a conversation that is rendered whole.
+        # Text after a special token is tokenized as in a conversation that is rendered at once.
         markers = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
-        behind = next((place for place, token in enumerate(tokens) if token in markers), len(tokens))
-        cut = offsets[behind][0] if behind < len(tokens) else len(text)
+        first = next((place for place, token in enumerate(tokens) if token in markers), len(tokens))
+        cut = offsets[first][0] if first < len(tokens) else len(text)
         head = unprefixed.encode(text[:cut], add_special_tokens=False)
-        tokens, offsets = [*head.ids, *tokens[behind:]], [*head.offsets, *offsets[behind:]]
+        tokens, offsets = [*head.ids, *tokens[first:]], [*head.offsets, *offsets[first:]]
     offsets = _covering(text, offsets)
     if special:
         whole = list(tokenizer(text)["input_ids"])
@@ -168,7 +168,7 @@ _UNPREFIXED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def _without_prefix(tokenizer: Any) -> Any:
-    """A copy of its `tokenizers.Tokenizer` that puts no space in front of a text; None where it puts none anyway."""
+    """Returns a copy of its `tokenizers.Tokenizer` that prepends no space; None if the original prepends none."""
     if tokenizer not in _UNPREFIXED:
         backend = tokenizer.backend_tokenizer
         parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
@@ -184,7 +184,7 @@ def _without_prefix(tokenizer: Any) -> Any:
 
 
 def _unprefixed(part: dict[str, Any]) -> dict[str, Any]:
-    """A normalizer or pre-tokenizer, as tokenizers write it, without the space that it puts in front of a text."""
+    """Change a serialized normalizer or pre-tokenizer to prepend no space."""
     for inner in ("normalizers", "pretokenizers"):
         if inner in part:
             return {**part, inner: [_unprefixed(one) for one in part[inner] if one["type"] != "Prepend"]}
@@ -196,16 +196,16 @@ def _unprefixed(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _covering(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The offsets, widened so that together they cover all of `text`.
+    """Widen the offsets so that they cover all of `text`.
 
-    Tokenizers leave gaps. Accents at the beginning of a gap go to the tokens in front of it: their letter was composed
-    with them. The rest of a gap, such as trimmed spaces, goes to the token behind it, or to the last token.
+    Combining characters at the beginning of a gap go to the tokens before it: the tokenizer composed them with their
+    letter. The rest of a gap, such as trimmed spaces, goes to the next token, or to the last one.
     """
     covering: list[tuple[int, int]] = []
     reached = 0
 
     def widen(end: int) -> None:
-        """Let the tokens that end where the gap begins end at `end`."""
+        """Extend the tokens that end at the gap to `end`."""
         for place in reversed(range(len(covering))):
             if covering[place][1] != reached:
                 return
