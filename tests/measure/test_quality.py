@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +30,11 @@ from kveraser.measure.results import CaseResult
 from kveraser.measure.rows import check_references, rows_of
 from kveraser.methods import Method, make_method
 from kveraser.methods.recompute import Recompute
+from kveraser.methods.slots import Edit
 from kveraser.model.backbone import Backbone
 from kveraser.model.decode import greedy, score
 from kveraser.session.session import Session
-from kveraser.text.spans import Span, Text
+from kveraser.text.spans import Text
 from tests.bench_cases import CONTEXT, QUERIES, SPAN, bench_case, cut, judged, remaining, said
 from tests.tiny import POSITIONS, same_bits, snapshot, tiny_backbone
 
@@ -254,12 +256,14 @@ def test_the_exact_reference_is_held_against_a_fresh_prefill(
     fresh, reused = (result.methods["recompute"].answers[0].kl for result in right)
     # The reference of the other case is compared with itself.
     assert fresh is not None and abs(fresh) < 1e-5 and reused == 0
-    recompute = Recompute.__call__
+    recompute = Recompute.edit
 
-    def careless(self: Recompute, backbone: Backbone, cache: EditableCache, tokens: list[int], span: Span) -> object:
-        return recompute(self, backbone, cache, [*tokens[:-1], tokens[-2]], span)
+    def careless(
+        self: Recompute, backbone: Backbone, cache: EditableCache, tokens: list[int], edits: Sequence[Edit]
+    ) -> object:
+        return recompute(self, backbone, cache, [*tokens[:-1], tokens[-2]], edits)
 
-    monkeypatch.setattr(Recompute, "__call__", careless)
+    monkeypatch.setattr(Recompute, "edit", careless)
     wrong = measure_context(backbone, context, cases, resolved(backbone, "mask"), cases[:1])
     assert (wrong[0].methods["recompute"].answers[0].kl or 0) > 0.01
     with pytest.raises(MeasurementError, match="case a: the exact reference is"):
