@@ -31,6 +31,8 @@ class Shift(Method):
         self, backbone: Backbone, cache: EditableCache, tokens: Sequence[int], span: Span, inserted: Sequence[int]
     ) -> int:
         self.move(backbone, cache, span, inserted)
+        if not inserted:
+            return 0
         return recompute_window(backbone, cache, slot_tokens(cache, tokens), span.start, len(inserted))
 
     @staticmethod
