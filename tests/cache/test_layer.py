@@ -42,6 +42,21 @@ def test_capacity_grows_by_a_factor_so_appending_costs_amortised_constant_time()
     assert 3 < copies < 15 and cache.length == 10_000
 
 
+def test_unused_slots_hold_nothing_of_memory_given_back() -> None:
+    # Uninitialized buffers of this size would be given the same memory.
+    freed = [torch.ones(1, 1, 64, 8) for _ in range(16)]
+    freed.clear()
+    grown, states = EditableCache(8, capacity=64), torch.ones(1, 1, 2, 8)
+    for layer in grown.layers:
+        layer.update(states, states)
+    for capacity in (64, 96):
+        grown.reserve(capacity)
+        for layer in grown.layers:
+            assert layer.keys is not None and layer.values is not None
+            assert layer.capacity == capacity and not layer.keys[:, :, 2:].any() and not layer.values[:, :, 2:].any()
+            assert layer.keys[:, :, :2].all()
+
+
 def test_gradients_are_refused() -> None:
     cache, states = EditableCache(1), torch.ones(1, 1, 2, 4, requires_grad=True)
     with pytest.raises(CacheError, match="can't carry gradients"):
@@ -54,7 +69,7 @@ def test_gradients_are_refused() -> None:
 # Use by transformers
 
 
-def test_model_forward_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone) -> None:
+def test_mofreedforward_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone) -> None:
     model, cache = backbone_of_family.model, backbone_of_family.new_cache(capacity=3)
     reference = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -36,7 +36,8 @@ class EditableLayer(CacheLayerMixin):
     def _buffer(like: torch.Tensor, capacity: int) -> torch.Tensor:
         # Tensors created in inference mode can't be written outside it, and a cache may be used in both.
         with torch.inference_mode(False):
-            return torch.empty(
+            # Zeros: memory that another context gave back must not show in the unused slots.
+            return torch.zeros(
                 (like.shape[0], like.shape[1], capacity, like.shape[3]), dtype=like.dtype, device=like.device
             )
 
