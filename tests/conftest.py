@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import huggingface_hub.constants
@@ -22,6 +24,20 @@ torch.set_num_threads(1)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches the network, whatever name it asks for."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end: full collections need not walk over it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def own_objects() -> Iterator[None]:
+    """`gc.collect` and `gc.get_objects` see only what the test makes: quick, and blind to what other tests left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,7 @@ def key_of(held: HeldSession, token: int) -> torch.Tensor:
     return held.cache.layers[-1].keys[0, 0, slot].clone()  # type: ignore[index]
 
 
+@pytest.mark.usefixtures("own_objects")
 @pytest.mark.parametrize("method", ["recompute", "mask", "shift", "kveraser", "repair(8)", "selective"])
 def test_an_erase_that_can_not_be_undone_leaves_no_copy(engine: TransformersEngine, method: str) -> None:
     held = read(engine, words(60, 11))
@@ -151,6 +152,7 @@ def test_an_erase_that_can_not_be_undone_leaves_no_copy(engine: TransformersEngi
     assert answer(engine, held) == alone(held)
 
 
+@pytest.mark.usefixtures("own_objects")
 def test_a_shorter_undo_window_overwrites_what_it_leaves_out(engine: TransformersEngine) -> None:
     held = read(engine, words(60, 12))
     first, second = key_of(held, 15), key_of(held, 40)
@@ -171,6 +173,7 @@ def test_a_shorter_undo_window_overwrites_what_it_leaves_out(engine: Transformer
         engine.undo(held, 1)
 
 
+@pytest.mark.usefixtures("own_objects")
 def test_a_wiped_context_is_nowhere(engine: TransformersEngine) -> None:
     held = read(engine, words(60, 13))
     row = key_of(held, 15)

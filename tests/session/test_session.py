@@ -230,6 +230,7 @@ def test_nothing_approximate_calls_itself_exact(method: str) -> None:
     assert session.erase("old.", "mask", force=True).exact and far(session) < EXACT
 
 
+@pytest.mark.usefixtures("own_objects")
 def test_without_undo_the_old_states_are_given_back_and_forgotten(session: Session) -> None:
     def journals() -> int:
         gc.collect()
