@@ -5,6 +5,7 @@ The servers are real ones, in processes of their own, of a tiny model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -87,8 +88,8 @@ def test_metrics_are_read(server: Server) -> None:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="ended with code"):
-        Server(ServerSettings(str(tmp_path / "nothing"), NO_ERASER), tmp_path)
+    with pytest.raises(InputError, match="ended with code 1 before it was ready: no model"):
+        Server(ServerSettings("nothing", NO_ERASER), tmp_path, (sys.executable, "-c", "raise SystemExit('no model')"))
 
 
 # The command
