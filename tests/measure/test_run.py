@@ -62,6 +62,12 @@ def heldout(cases: int = 2, **other: Any) -> list[BenchCase]:
 
 
 @pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    """One layer: what is kept and measured again does not depend on their number."""
+    return tiny_backbone(num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
 def whole(backbone: Backbone) -> list[CaseResult]:
     """An uninterrupted run."""
     return untimed(start(backbone).results)
@@ -258,7 +264,7 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(backbone: Backbon
     start(backbone, tmp_path, cases=cases)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(before) == {CASES, SETTINGS}
-    erasing, other = tiny_backbone(), tiny_backbone(seed=1)
+    erasing, other = tiny_backbone(num_hidden_layers=1), tiny_backbone(seed=1)
     attach_random_eraser(erasing)
     others: dict[str, Callable[[], QualityRun]] = {
         "seed": lambda: start(backbone, tmp_path, cases=cases, seed=4),
