@@ -69,7 +69,7 @@ def test_gradients_are_refused() -> None:
 # Use by transformers
 
 
-def test_mofreedforward_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone) -> None:
+def test_model_forward_on_it_equals_a_dynamic_cache(backbone_of_family: Backbone) -> None:
     model, cache = backbone_of_family.model, backbone_of_family.new_cache(capacity=3)
     reference = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -56,7 +56,7 @@ def plan_erase(
     if force or resolved.is_reference or not runs:
         return Plan(resolved)
     held = cache.slot_to_token.numpy()
-    kept = np.flatnonzero((held != NO_TOKEN) & ~np.isin(held, np.fromiter(targets, dtype=np.int64)))
+    kept = np.setdiff1d(np.flatnonzero(held != NO_TOKEN), slots_of(cache, targets))
 
     def kept_before(slot: int) -> int:
         return int(np.searchsorted(kept, slot))

@@ -23,7 +23,7 @@ class Follow(Method):
 
     The first `window + per_span x span` suffix tokens are recomputed, and `overlap x span` of those that repeat the
     span's tokens. With `overlap=0` this is `repair`; with the defaults it runs span + 32 tokens. Several edits of one
-    call are run in one pass, and share the overlap budget of the longest of them.
+    call run in one pass.
     """
 
     window: int = 32
@@ -72,14 +72,12 @@ class Follow(Method):
         kept = list(ids)
         for edit in edits:
             kept[edit.span.start : edit.span.end] = [NO_TOKEN] * len(edit.span)
-        sizes = [max(len(edit.span), len(edit.inserted)) for edit in edits]
-        share = max(sizes) / sum(sizes)
         chosen: set[int] = set()
-        for edit, size in zip(edits, sizes, strict=True):
+        for edit in edits:
             span, new = edit.span, [tokens[index] for index in edit.inserted]
             visible = [*kept[: span.start], *ids[span.start : span.end], *kept[span.end :]]
-            window, overlap = self.widths(size)
-            chosen.update(held[slot] for slot in most_contaminated(visible, span, window, round(share * overlap), new))
+            widths = self.widths(max(len(span), len(new)))
+            chosen.update(held[slot] for slot in most_contaminated(visible, span, *widths, new))
         return chosen
 
     def resolve(self, backbone: Backbone) -> Self:
